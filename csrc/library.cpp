@@ -1,0 +1,10 @@
+// The schema of every compiled op. They are registered while dalle_fast._C is loaded, and called as
+// torch.ops.dalle_fast.<name>; the code is registered beside them in cpu/ and cuda/.
+#include "common/torch_stable.h"
+
+STABLE_TORCH_LIBRARY(dalle_fast, m) {
+  m.def("encode_169(Tensor values) -> Tensor");
+  m.def("decode_169(Tensor words) -> Tensor");
+  m.def("encode_0610(Tensor values) -> Tensor");
+  m.def("decode_0610(Tensor words) -> Tensor");
+}

@@ -1,0 +1,223 @@
+"""The command line: ``dalle-fast demo | data | train-dvae | train | sample | info``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dalle_fast import __version__
+
+__all__ = ["main"]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status; what goes wrong is said in one sentence on stderr."""
+    parser = _make_parser()
+    args = parser.parse_args(arguments)
+    try:
+        args.run(args)
+    except KeyboardInterrupt:
+        print("dalle-fast: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, TypeError, RuntimeError, ArithmeticError, OSError) as error:
+        if args.traceback:
+            raise
+        print(f"dalle-fast: error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="dalle-fast", description="Train and sample DALL-E style models.")
+    parser.add_argument("--version", action="version", version=f"dalle_fast {__version__}")
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_demo(commands)
+    _add_data(commands)
+    _add_train_dvae(commands)
+    _add_train(commands)
+    _add_sample(commands)
+    _add_info(commands)
+    return parser
+
+
+def _add_demo(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("demo", help="make a data set, train both models on it and show what they learned")
+    parser.add_argument("--data", choices=("shapes", "emoji"), default="shapes", help="which data set")
+    parser.add_argument("--font", type=Path, help="colour emoji font, for --data emoji")
+    parser.add_argument("--out", type=Path, default=Path("demo"), help="folder to write (default: demo)")
+    parser.set_defaults(run=_demo)
+
+
+def _demo(args: argparse.Namespace) -> None:
+    from dalle_fast.demo import run_demo
+
+    run_demo(args.data, args.out, font=args.font)
+
+
+def _add_data(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("data", help="make a data set")
+    kinds = parser.add_subparsers(title="data sets", required=True, metavar="KIND")
+
+    shapes = kinds.add_parser("shapes", help="captioned drawings of one or two coloured shapes")
+    shapes.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    shapes.add_argument("--train", type=int, default=12000, help="training drawings (default: 12000)")
+    shapes.add_argument("--heldout", type=int, default=512, help="drawings of held-out pairs (default: 512)")
+    shapes.add_argument("--size", type=int, default=32, help="side in pixels (default: 32)")
+    shapes.add_argument("--seed", type=int, default=0, help="of the drawings (default: 0)")
+    shapes.set_defaults(run=_data_shapes)
+
+    emoji = kinds.add_parser("emoji", help="every emoji of a colour font, captioned with its name")
+    emoji.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    emoji.add_argument("--font", type=Path, required=True, help="for example NotoColorEmoji.ttf")
+    emoji.add_argument("--size", type=int, default=64, help="side in pixels (default: 64)")
+    emoji.add_argument("--seed", type=int, default=0, help="of the held-out choice (default: 0)")
+    emoji.set_defaults(run=_data_emoji)
+
+
+def _data_shapes(args: argparse.Namespace) -> None:
+    from dalle_fast.data.shapes import write_shapes
+
+    counts = write_shapes(args.out, train=args.train, heldout=args.heldout, size=args.size, seed=args.seed)
+    print(f"{args.out}: {counts['train']} training drawings, {counts['heldout']} held-out ones")
+
+
+def _data_emoji(args: argparse.Namespace) -> None:
+    from dalle_fast.data.emoji import write_emoji
+
+    summary = write_emoji(args.out, args.font, size=args.size, seed=args.seed)
+    print(
+        f"{args.out}: {summary.train} training emoji, {summary.heldout} held-out ones, "
+        f"{summary.left_out} that the font cannot draw"
+    )
+
+
+def _add_train_dvae(commands: argparse._SubParsersAction) -> None:
+    from dalle_fast.config import add_arguments
+    from dalle_fast.training.dvae import TrainDVAEConfig
+    from dalle_fast.training.presets import DVAE_PRESETS
+
+    parser = commands.add_parser("train-dvae", help="stage one: train the discrete VAE on images")
+    _add_run_arguments(parser, list(DVAE_PRESETS))
+    add_arguments(parser.add_argument_group("configuration"), TrainDVAEConfig)
+    parser.set_defaults(run=_train_dvae)
+
+
+def _train_dvae(args: argparse.Namespace) -> None:
+    from dalle_fast.config import from_arguments
+    from dalle_fast.training.dvae import TrainDVAEConfig, train_dvae
+    from dalle_fast.training.presets import DVAE_PRESETS
+
+    defaults = _saved_config(args.out, TrainDVAEConfig, "dvae") if args.resume else DVAE_PRESETS[args.preset]
+    config = from_arguments(TrainDVAEConfig, args, defaults=defaults)
+    print(train_dvae(args.data, args.out, config, resume=args.resume))
+
+
+def _add_train(commands: argparse._SubParsersAction) -> None:
+    from dalle_fast.config import add_arguments
+    from dalle_fast.training.presets import PRIOR_PRESETS
+    from dalle_fast.training.prior import TrainConfig
+
+    parser = commands.add_parser("train", help="stage two: train the transformer on captioned images")
+    _add_run_arguments(parser, list(PRIOR_PRESETS))
+    parser.add_argument("--dvae", type=Path, help="run or checkpoint of train-dvae; needed unless --resume is given")
+    add_arguments(parser.add_argument_group("configuration"), TrainConfig)
+    parser.set_defaults(run=_train)
+
+
+def _train(args: argparse.Namespace) -> None:
+    import dataclasses
+
+    from dalle_fast.config import from_arguments
+    from dalle_fast.pipeline import load_dvae_config
+    from dalle_fast.training.presets import PRIOR_PRESETS
+    from dalle_fast.training.prior import TrainConfig, train_prior
+
+    if args.resume:
+        defaults = _saved_config(args.out, TrainConfig, "dalle")
+    else:
+        if args.dvae is None:
+            raise ValueError("--dvae must name the run or checkpoint of a dVAE, got none")
+        dvae = load_dvae_config(args.dvae)
+        preset = PRIOR_PRESETS[args.preset]
+        # The image side follows from the dVAE; a flag that says otherwise is refused later, by name.
+        model = dataclasses.replace(preset.model, image_vocab_size=dvae.vocab_size, grid=(dvae.grid, dvae.grid))
+        defaults = dataclasses.replace(preset, model=model)
+    config = from_arguments(TrainConfig, args, defaults=defaults)
+    print(train_prior(args.data, args.out, args.dvae, config, resume=args.resume))
+
+
+def _add_run_arguments(parser: argparse.ArgumentParser, presets: list[str]) -> None:
+    parser.add_argument("data", metavar="DATA", help="folder of images with captions, .tar shards, or a brace pattern")
+    parser.add_argument("out", type=Path, metavar="OUT", help="run directory: checkpoints, logs, images")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
+    parser.add_argument(
+        "--preset",
+        choices=presets,
+        default=presets[0],
+        help=f"where defaults come from (default: {presets[0]})",
+    )
+
+
+def _saved_config(out: Path, config_class: type, kind: str) -> object:
+    """The configuration a run was started with."""
+    from dalle_fast.checkpoint import CheckpointError, latest_checkpoint, load_config
+    from dalle_fast.config import from_dict
+
+    path = latest_checkpoint(out)
+    saved = load_config(path, kind)
+    if "train" not in saved:
+        raise CheckpointError(f"checkpoint {path} cannot be resumed: config.json lacks the field train")
+    return from_dict(config_class, saved["train"] | {"model": saved["model"]})
+
+
+def _add_sample(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("sample", help="draw images for a caption")
+    parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="run or checkpoint of train, or a saved pipeline")
+    parser.add_argument("caption", metavar="CAPTION")
+    parser.add_argument("-n", "--num-images", type=int, default=16, help="images to draw (default: 16)")
+    parser.add_argument("-o", "--out", type=Path, default=Path("out.png"), help="grid to write (default: out.png)")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)")
+    parser.add_argument("--top-k", type=int, help="draw among the k likeliest codes")
+    parser.add_argument("--top-p", type=float, help="draw among the likeliest codes of this total probability")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.set_defaults(run=_sample)
+
+
+def _sample(args: argparse.Namespace) -> None:
+    import torch
+    from tqdm import tqdm
+
+    from dalle_fast.data.images import image_grid, to_image
+    from dalle_fast.pipeline import Pipeline
+    from dalle_fast.training.loop import choose_device
+
+    device = choose_device(args.device)
+    pipeline = Pipeline.from_pretrained(args.checkpoint, device=device)
+    with tqdm(total=args.num_images * pipeline.dalle.config.image_len, unit="token", disable=None) as bar:
+        result = pipeline.generate(
+            args.caption,
+            num_images=args.num_images,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            generator=torch.Generator(device).manual_seed(args.seed),
+            on_tokens=lambda done, total: bar.update(done - bar.n),
+        )
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    to_image(image_grid(result.images)).save(args.out)
+    print(args.out)
+
+
+def _add_info(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser("info", help="what this machine and this installation can do")
+    parser.set_defaults(run=_info)
+
+
+def _info(args: argparse.Namespace) -> None:
+    from dalle_fast.ops.backends import describe
+
+    print(describe())

@@ -1,0 +1,1 @@
+"""The two models of DALL-E: the discrete VAE and the autoregressive transformer."""

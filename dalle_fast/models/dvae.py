@@ -1,0 +1,299 @@
+"""The discrete VAE: an image becomes a grid of codes, and a grid of codes an image.
+
+    z = argmax encoder(x)                             tokens, as the transformer sees them
+    z ~ gumbel_softmax(encoder(x), tau)               relaxed, while the dVAE itself is trained
+    loss = mean_pixels(-ln f(x | decoder(z))) + kl_weight * positions / values * mean_positions(KL)
+
+f is the logit-Laplace density over pixels mapped into [0.1, 0.9], and KL runs from the categorical of the raw logits
+(whatever tau is) to the uniform one, in nats. At 256 x 256 pixels and 32 x 32 positions the factor is kl_weight / 192.
+
+Parameters carry the names and shapes of the published encoder and decoder, whose state dicts load as they are. The
+encoder's last and the decoder's first convolution always run in fp32. The decoder's first convolution is the codebook:
+on a one-hot input it is a table look-up, on relaxed codes a matrix product, and neither needs the one-hot tensor.
+
+Source: arXiv 2102.12092 sections 2.1 and A.2, A.3; layer sizes from the published dVAE.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dalle_fast.ops.gumbel import gumbel_quantize
+
+__all__ = [
+    "DVAE",
+    "DVAEConfig",
+    "DVAELoss",
+    "Decoder",
+    "Encoder",
+    "logit_laplace_nll",
+    "map_pixels",
+    "unmap_pixels",
+]
+
+PIXEL_MARGIN = 0.1  # epsilon of the pixel map: pixels live in [0.1, 0.9], away from the logit's poles
+
+
+@dataclass(frozen=True)
+class DVAEConfig:
+    """Sizes of a dVAE; the defaults are the paper's.
+
+    The encoder halves each side ``groups - 1`` times and doubles its width as often.
+    """
+
+    image_size: int = field(default=256, metadata={"help": "side of the square training images, in pixels"})
+    vocab_size: int = field(default=8192, metadata={"help": "number of codes"})
+    hidden: int = field(default=256, metadata={"help": "channels of the first encoder group and last decoder group"})
+    codebook_dim: int = field(default=128, metadata={"help": "channels a code is embedded in"})
+    groups: int = field(default=4, metadata={"help": "groups of residual blocks; each but one halves the resolution"})
+    blocks_per_group: int = field(default=2, metadata={"help": "residual blocks in a group"})
+    channels: int = field(default=3, metadata={"help": "channels of an image"})
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "hidden", "codebook_dim", "groups", "blocks_per_group", "channels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        if self.vocab_size < 2:
+            raise ValueError(f"vocab_size must be >= 2, got {self.vocab_size}")
+        if self.image_size % self.downsampling:
+            raise ValueError(
+                f"image_size must be a multiple of {self.downsampling} (2 ** (groups - 1)), got {self.image_size}"
+            )
+        if self.hidden % 4:
+            raise ValueError(f"hidden must be a multiple of 4, got {self.hidden}")
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels to a token, along each side."""
+        return 2 ** (self.groups - 1)
+
+    @property
+    def grid(self) -> int:
+        """Tokens along each side of an image of image_size."""
+        return self.image_size // self.downsampling
+
+
+class DVAELoss(NamedTuple):
+    """What one training step of the dVAE is made of; fp32 scalars, and the codes drawn."""
+
+    total: Tensor  # reconstruction + kl_weight * positions / values * kl
+    reconstruction: Tensor  # mean over pixel values of -ln f, nats
+    kl: Tensor  # mean over positions, nats; at most ln(vocab_size)
+    indices: Tensor  # (B, h, w) int64: the code most likely after the noise
+    images: Tensor  # (B, 3, H, W) in [0, 1]: the reconstruction from the relaxed codes, detached
+
+
+def map_pixels(images: Tensor) -> Tensor:
+    """Map [0, 1] affinely to [0.1, 0.9]."""
+    return (1 - 2 * PIXEL_MARGIN) * images + PIXEL_MARGIN
+
+
+def unmap_pixels(mapped: Tensor) -> Tensor:
+    """Map [0.1, 0.9] back to [0, 1]; what lies outside is clamped."""
+    return ((mapped - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN)).clamp(0, 1)
+
+
+def logit_laplace_nll(target: Tensor, statistics: Tensor) -> Tensor:
+    """-ln of the logit-Laplace density, in nats, elementwise.
+
+    -ln f(x | mu, b) = |logit x - mu| / b + ln b + ln 2 + ln x + ln(1 - x)
+
+    Args:
+        target: (B, C, H, W), values in (0, 1), as :func:`map_pixels` gives them.
+        statistics: (B, 2C, H, W): mu, then ln b.
+
+    Returns:
+        (B, C, H, W).
+    """
+    mu, log_scale = statistics.chunk(2, dim=1)
+    log_odds = torch.log(target) - torch.log1p(-target)
+    return (
+        (log_odds - mu).abs() * torch.exp(-log_scale)
+        + log_scale
+        + math.log(2)
+        + torch.log(target)
+        + torch.log1p(-target)
+    )
+
+
+class Conv2d(nn.Module):
+    """A "same" convolution of stride 1 with the published parameter names ``w`` and ``b``."""
+
+    def __init__(self, n_in: int, n_out: int, kernel_size: int, *, always_fp32: bool = False) -> None:
+        super().__init__()
+        self.kernel_size = kernel_size
+        self.always_fp32 = always_fp32
+        self.w = nn.Parameter(torch.randn(n_out, n_in, kernel_size, kernel_size) / math.sqrt(n_in * kernel_size**2))
+        self.b = nn.Parameter(torch.zeros(n_out))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.always_fp32:
+            with torch.autocast(x.device.type, enabled=False):
+                return F.conv2d(x.float(), self.w.float(), self.b.float(), padding=self.kernel_size // 2)
+        return F.conv2d(x, self.w, self.b, padding=self.kernel_size // 2)
+
+    def extra_repr(self) -> str:
+        n_out, n_in = self.w.shape[:2]
+        return f"{n_in}, {n_out}, kernel_size={self.kernel_size}"
+
+
+class ResidualBlock(nn.Module):
+    """id_path(x) + gain * res_path(x), with a bottleneck of a quarter of the output channels.
+
+    Args:
+        kernel_sizes: of the four convolutions; (3, 3, 3, 1) in the encoder, (1, 3, 3, 3) in the decoder.
+        gain: the paper's small constant on the branch, 1 / layers ** 2; not a parameter.
+    """
+
+    def __init__(self, n_in: int, n_out: int, kernel_sizes: tuple[int, int, int, int], gain: float) -> None:
+        super().__init__()
+        self.gain = gain
+        self.id_path = Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        widths = (n_in, n_out // 4, n_out // 4, n_out // 4, n_out)
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for number, kernel_size in enumerate(kernel_sizes, start=1):
+            layers[f"relu_{number}"] = nn.ReLU()
+            layers[f"conv_{number}"] = Conv2d(widths[number - 1], widths[number], kernel_size)
+        self.res_path = nn.Sequential(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.id_path(x) + self.gain * self.res_path(x)
+
+
+def _group(
+    n_in: int,
+    n_out: int,
+    config: DVAEConfig,
+    kernel_sizes: tuple[int, int, int, int],
+    resample: nn.Module | None,
+) -> nn.Sequential:
+    gain = 1 / (config.groups * config.blocks_per_group) ** 2
+    blocks: OrderedDict[str, nn.Module] = OrderedDict()
+    for number in range(1, config.blocks_per_group + 1):
+        blocks[f"block_{number}"] = ResidualBlock(n_in if number == 1 else n_out, n_out, kernel_sizes, gain)
+    if resample is not None:
+        blocks["pool" if isinstance(resample, nn.MaxPool2d) else "upsample"] = resample
+    return nn.Sequential(blocks)
+
+
+class Encoder(nn.Module):
+    """Mapped images (B, 3, H, W) to logits (B, vocab_size, H / downsampling, W / downsampling), fp32."""
+
+    def __init__(self, config: DVAEConfig) -> None:
+        super().__init__()
+        self.channels = config.channels
+        widths = [config.hidden * 2**number for number in range(config.groups)]
+        blocks: OrderedDict[str, nn.Module] = OrderedDict(input=Conv2d(config.channels, config.hidden, 7))
+        for number, width in enumerate(widths, start=1):
+            pool = nn.MaxPool2d(2) if number < config.groups else None
+            n_in = widths[max(number - 2, 0)]
+            blocks[f"group_{number}"] = _group(n_in, width, config, (3, 3, 3, 1), pool)
+        head = Conv2d(widths[-1], config.vocab_size, 1, always_fp32=True)
+        blocks["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=head))
+        self.blocks = nn.Sequential(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.ndim != 4 or x.shape[1] != self.channels:
+            raise ValueError(f"images must have shape (B, {self.channels}, height, width), got {tuple(x.shape)}")
+        return self.blocks(x)
+
+
+class Decoder(nn.Module):
+    """Codes (B, vocab_size, h, w), one-hot or relaxed, to pixel statistics (B, 6, H, W): mu, then ln b."""
+
+    def __init__(self, config: DVAEConfig) -> None:
+        super().__init__()
+        self.vocab_size = config.vocab_size
+        widths = [config.hidden * 2**number for number in reversed(range(config.groups))]
+        codebook = Conv2d(config.vocab_size, config.codebook_dim, 1, always_fp32=True)
+        blocks: OrderedDict[str, nn.Module] = OrderedDict(input=codebook)
+        for number, width in enumerate(widths, start=1):
+            upsample = nn.Upsample(scale_factor=2, mode="nearest") if number < config.groups else None
+            n_in = config.codebook_dim if number == 1 else widths[number - 2]
+            blocks[f"group_{number}"] = _group(n_in, width, config, (1, 3, 3, 3), upsample)
+        head = Conv2d(config.hidden, 2 * config.channels, 1)
+        blocks["output"] = nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=head))
+        self.blocks = nn.Sequential(blocks)
+
+    @property
+    def codebook(self) -> Tensor:
+        """(vocab_size, codebook_dim): the first convolution's weight, one row a code."""
+        return self.blocks.input.w[:, :, 0, 0].t()
+
+    def forward(self, z: Tensor) -> Tensor:
+        if z.ndim != 4 or z.shape[1] != self.vocab_size:
+            raise ValueError(f"codes must have shape (B, {self.vocab_size}, h, w), got {tuple(z.shape)}")
+        return self.blocks(z).float()
+
+    def from_quantized(self, quantized: Tensor) -> Tensor:
+        """The same from codebook vectors (B, codebook_dim, h, w), without the first convolution's bias."""
+        x = quantized + self.blocks.input.b[:, None, None]
+        for block in self.blocks[1:]:
+            x = block(x)
+        return x.float()
+
+
+class DVAE(nn.Module):
+    """Encoder, decoder and the loss that trains both. Images are floats in [0, 1], tokens int64."""
+
+    def __init__(self, config: DVAEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) in [0, 1] to (B, vocab_size, H / downsampling, W / downsampling), fp32.
+
+        Raises:
+            ValueError: wrong rank, channel count or a side that is no multiple of the downsampling.
+        """
+        step = self.config.downsampling
+        if images.ndim == 4 and (images.shape[2] % step or images.shape[3] % step):
+            raise ValueError(f"image sides must be multiples of {step}, got {tuple(images.shape[2:])}")
+        return self.encoder(map_pixels(images))
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Tokens (B, h, w) of images (B, 3, H, W): the arg-max of the logits, no noise."""
+        return self.logits(images).argmax(dim=1)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Images (B, 3, H, W) in [0, 1] of tokens (B, h, w): the median of each pixel's distribution."""
+        if tokens.ndim != 3 or tokens.is_floating_point():
+            raise ValueError(f"tokens must be integers of shape (B, h, w), got {tokens.dtype} {tuple(tokens.shape)}")
+        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
+            raise ValueError(
+                f"tokens must lie in [0, {self.config.vocab_size}), got {int(tokens.min())} to {int(tokens.max())}"
+            )
+        quantized = F.embedding(tokens, self.decoder.codebook).permute(0, 3, 1, 2)
+        return self._pixels(self.decoder.from_quantized(quantized))
+
+    def loss(self, images: Tensor, tau: float, kl_weight: float, *, seed: int | None = None) -> DVAELoss:
+        """The training loss of a batch of images.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1].
+            tau: temperature of the relaxation, > 0.
+            kl_weight: the paper's beta, on the KL as summed over positions and divided by the pixel values.
+            seed: of the Gumbel noise; None draws one from torch's generator.
+        """
+        target = map_pixels(images)
+        code = gumbel_quantize(self.logits(images), self.decoder.codebook, tau, seed=seed)
+        statistics = self.decoder.from_quantized(code.quantized)
+        reconstruction = logit_laplace_nll(target, statistics).mean()
+        kl = code.kl.mean()
+        positions_per_value = code.kl[0].numel() / target[0].numel()
+        total = reconstruction + kl_weight * positions_per_value * kl
+        return DVAELoss(total, reconstruction.detach(), kl.detach(), code.indices, self._pixels(statistics.detach()))
+
+    def _pixels(self, statistics: Tensor) -> Tensor:
+        return unmap_pixels(torch.sigmoid(statistics[:, : self.config.channels]))

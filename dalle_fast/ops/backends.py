@@ -1,0 +1,120 @@
+"""What is there on this machine, and why not: torch, a CUDA device, Triton, the compiled extension.
+
+``available`` and ``describe`` report it; ``load_extension`` is how an op gets ``dalle_fast._C`` when its
+caller asks for ``backend="cpp"`` by name. A part that is missing is reported with its cause.
+"""
+
+import importlib
+import importlib.metadata
+from types import ModuleType
+from typing import Any
+
+import torch
+
+BUILD_COMMAND = "pip install --no-build-isolation ."
+
+
+def _import_extension() -> tuple[ModuleType | None, ImportError | None]:
+    # import_module, because `from dalle_fast import _C` blames a circular import where the file is missing.
+    try:
+        return importlib.import_module("dalle_fast._C"), None
+    except ImportError as error:
+        return None, error
+
+
+# Imported once, with this module: torch.compile cannot trace an import, but reads these names as constants.
+extension, extension_error = _import_extension()
+has_cuda_extension: bool = extension is not None and bool(extension.build_info()["cuda_architectures"])
+
+
+def load_extension() -> ModuleType:
+    """Return the compiled module ``dalle_fast._C``.
+
+    Raises:
+        RuntimeError: it could not be imported; names the cause and the command that builds it.
+    """
+    if extension is None:
+        raise RuntimeError(
+            f'backend="cpp" needs the compiled extension dalle_fast._C, which cannot be imported '
+            f"({extension_error}). Build it in the source folder: {BUILD_COMMAND}"
+        ) from extension_error
+    return extension
+
+
+def has_cpp_backend(device: torch.device) -> bool:
+    """Whether the compiled ops can run on tensors of ``device``."""
+    if device.type == "cpu":
+        return extension is not None
+    return device.type == "cuda" and has_cuda_extension
+
+
+def require_cpp_backend(device: torch.device) -> None:
+    """Check that the compiled ops can run on tensors of ``device``.
+
+    Raises:
+        RuntimeError: the extension is missing, or has no code for this kind of device.
+    """
+    if has_cpp_backend(device):
+        return
+    load_extension()
+    if device.type == "cuda":
+        raise RuntimeError(
+            'backend="cpp" on a CUDA tensor needs the CUDA half of dalle_fast._C, which was not built. '
+            f"With nvcc on the PATH, build it in the source folder: {BUILD_COMMAND}"
+        )
+    raise RuntimeError(f'backend="cpp" runs on cpu and cuda tensors, got a tensor on {device}')
+
+
+def available() -> dict[str, Any]:
+    """Return what is there: one entry for each part, None where it is missing.
+
+    Returns:
+        ``torch`` (version), ``threads`` (of torch on the CPU), ``cuda`` (name of the device), ``triton``
+        (version), ``cpp`` (``dalle_fast._C.build_info()``), and ``missing``: for each part that is None the
+        cause and, where there is one, the command that mends it.
+    """
+    missing = {}
+    cuda = None
+    if torch.cuda.is_available():
+        cuda = torch.cuda.get_device_name()
+    elif torch.version.cuda is None:
+        missing["cuda"] = f"torch {torch.__version__} is built without CUDA"
+    else:
+        missing["cuda"] = f"torch {torch.__version__} finds no CUDA device"
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        triton = None
+        missing["triton"] = "not installed; it comes with torch for CUDA, or: pip install triton"
+    if extension is None:
+        missing["cpp"] = f"{extension_error}; build it in the source folder: {BUILD_COMMAND}"
+    return {
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "cuda": cuda,
+        "triton": triton,
+        "cpp": None if extension is None else extension.build_info(),
+        "missing": missing,
+    }
+
+
+def describe() -> str:
+    """Return ``available`` as a table for people, one line a part."""
+    parts = available()
+    missing = parts["missing"]
+    lines = [
+        f"torch   {parts['torch']}, {parts['threads']} threads",
+        f"cuda    {parts['cuda'] or 'none: ' + missing['cuda']}",
+        f"triton  {parts['triton'] or 'none: ' + missing['triton']}",
+    ]
+    if parts["cpp"] is None:
+        lines.append(f"_C      none: {missing['cpp']}")
+    else:
+        info = parts["cpp"]
+        architectures = ", ".join(info["cuda_architectures"]) or "none"
+        lines += [
+            f"_C      {info['compiler']}, C++{info['cpp_standard'] // 100 % 100}, for torch {info['torch']}",
+            f"        CPU level {info['cpu_level']} of {', '.join(info['cpu_levels'])}; "
+            f"CUDA architectures: {architectures}",
+        ]
+    return "\n".join(lines)

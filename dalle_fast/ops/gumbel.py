@@ -1,0 +1,135 @@
+"""Gumbel-softmax sampling and quantisation: the public ops.
+
+What they compute is defined by ``dalle_fast.reference.gumbel``; this module checks the arguments. The noise
+is a function of (seed, position, code) alone, so a seed gives the same sample on every backend and device, up
+to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dalle_fast import reference
+from dalle_fast.ops.checks import (
+    cast_under_autocast,
+    check_backend,
+    check_floating,
+    shape_of,
+    without_autocast,
+)
+from dalle_fast.reference import GumbelOutput
+
+__all__ = ["GumbelOutput", "gumbel_quantize", "gumbel_softmax"]
+
+
+def gumbel_softmax(
+    logits: Tensor,
+    tau: float = 1.0,
+    hard: bool = False,
+    dim: int = -1,
+    *,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """A relaxed one-hot sample of softmax(logits): softmax((logits + g) / tau), g standard Gumbel noise.
+
+    Args:
+        logits: floating point, any shape, with codes in ``dim``. -inf means a code that is never drawn.
+        tau: temperature, finite and > 0.
+        hard: return the one-hot vector of the argmax instead, with the gradient of the relaxed sample.
+        dim: the code dimension.
+        seed: in [0, 2^64), or an int64 tensor of no dimensions, >= 0; None draws one from PyTorch's default
+            generator, so that torch.manual_seed decides it.
+        backend: "auto" or "reference".
+
+    Returns:
+        logits' shape and dtype. Noise and softmax are computed in float32 or wider, autocast or not.
+
+    Raises:
+        ValueError: tau or seed out of range, no such dimension, no codes in it, or a position whose logits
+            are all -inf (found by one reduction and, on an accelerator, a synchronisation; not looked for
+            under torch.compile, where such a position becomes NaN).
+        TypeError: logits are not floating point, or seed is of another type.
+        RuntimeError: a backend that is not there.
+
+    Source: arXiv 2102.12092, section 2.1.
+    """
+    check_backend("gumbel_softmax", backend)
+    check_floating(logits=logits)
+    _check_draw(logits, tau, dim, seed)
+    return reference.gumbel_softmax(logits, tau, hard, dim, seed=seed)
+
+
+def gumbel_quantize(
+    logits: Tensor,
+    codebook: Tensor,
+    tau: float = 1.0,
+    *,
+    hard: bool = False,
+    dim: int = 1,
+    seed: int | Tensor | None = None,
+    backend: str = "auto",
+) -> GumbelOutput:
+    """Relaxed vector quantisation: a Gumbel-softmax sample times the codebook, its codes, and the KL term.
+
+        quantized = softmax((logits + g) / tau) @ codebook
+        kl        = sum_k q_k ln q_k + ln K,   q = softmax(logits), whatever tau is
+
+    Args:
+        logits: (B, K, *spatial) with ``dim`` 1, or (..., K) with ``dim`` -1.
+        codebook: (K, D), same dtype and device.
+        tau, hard, seed, backend: as for :func:`gumbel_softmax`; with ``hard``, quantized is the codebook's
+            row of the argmax and passes the gradient of the relaxed sample.
+        dim: the code dimension of logits, and the D dimension of quantized.
+
+    Returns:
+        GumbelOutput: quantized (B, D, *spatial) or (..., D) in logits' dtype; indices (B, *spatial) or (...)
+        in int64, argmax of the perturbed logits; kl of the same shape, nats a position, float32 or wider.
+        Under autocast, 16-bit inputs are first cast to float32.
+
+    Raises:
+        As :func:`gumbel_softmax`; also ValueError for a codebook of another shape or device, TypeError for
+        one of another dtype.
+
+    Source: arXiv 2102.12092, section 2.1 and appendix A.2.
+    """
+    check_backend("gumbel_quantize", backend)
+    logits, codebook = cast_under_autocast(logits, codebook, dtype=torch.float32)
+    check_floating(logits=logits, codebook=codebook)
+    _check_draw(logits, tau, dim, seed)
+    num_codes = logits.shape[dim]
+    if codebook.dim() != 2 or codebook.shape[0] != num_codes:
+        raise ValueError(f"codebook must have shape ({num_codes}, D), got {shape_of(codebook)}")
+    with without_autocast(logits.device):
+        return reference.gumbel_quantize(logits, codebook, tau, hard=hard, dim=dim, seed=seed)
+
+
+def _check_draw(logits: Tensor, tau: float, dim: int, seed: int | Tensor | None) -> None:
+    if not (tau > 0 and math.isfinite(tau)):
+        raise ValueError(f"tau must be finite and > 0, got {tau}")
+    if not -logits.dim() <= dim < logits.dim():
+        raise ValueError(f"dim must be a dimension of logits, got {dim} for shape {shape_of(logits)}")
+    if logits.shape[dim] == 0:
+        raise ValueError(f"logits must have at least one code in dimension {dim}, got shape {shape_of(logits)}")
+    _check_seed(seed)
+    if torch.compiler.is_compiling() or logits.is_meta:
+        return
+    impossible = logits.detach().amax(dim) == -math.inf
+    if impossible.any():
+        count = int(impossible.sum())
+        raise ValueError(f"logits must have a code above -inf at each position, got {count} without")
+
+
+def _check_seed(seed: int | Tensor | None) -> None:
+    if seed is None:
+        return
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.dim() != 0:
+            raise TypeError(f"a seed tensor must be int64 of no dimensions, got {seed.dtype} {shape_of(seed)}")
+    elif isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, an int64 tensor or None, got {type(seed).__name__}")
+    elif not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be in [0, 2^64), got {seed}")

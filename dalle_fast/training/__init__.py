@@ -1,0 +1,1 @@
+"""Training: configuration, schedules, logs, checkpoints and the loops that use them."""

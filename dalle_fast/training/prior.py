@@ -1,0 +1,184 @@
+"""Stage two: train the transformer on captions and the dVAE's tokens (``dalle-fast train``)."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dalle_fast.checkpoint import check_match, load_config
+from dalle_fast.config import to_dict
+from dalle_fast.data.images import augment_for_transformer, decode_image, to_tensor
+from dalle_fast.data.sources import Loader, Sample, open_source
+from dalle_fast.data.tokenizer import Tokenizer
+from dalle_fast.models.dvae import DVAE
+from dalle_fast.models.transformer import Dalle, DalleConfig
+from dalle_fast.pipeline import Pipeline, check_parts_match, dalle_checkpoint_config, load_dvae, save_dvae
+from dalle_fast.training.loop import Outcome, RunConfig, Task, choose_device, resume_point, train
+from dalle_fast.training.schedules import PlateauHalving, linear_warmup, warmup_cosine
+
+__all__ = ["TrainConfig", "train_prior"]
+
+_PREVIEW_CAPTIONS, _PREVIEW_IMAGES = 4, 4
+
+
+@dataclass(frozen=True)
+class TrainConfig(RunConfig):
+    """How to train the transformer; the defaults are the paper's (appendix B.2), but for the batch of 1024."""
+
+    steps: int = field(default=430_000, metadata={"help": "updates in all"})
+    model: DalleConfig = field(default_factory=DalleConfig)
+    learning_rate: float = field(default=4.5e-4, metadata={"help": "step size after the warm-up"})
+    warmup_steps: int = field(default=5000, metadata={"help": "updates of linear warm-up"})
+    decay: Literal["plateau", "cosine", "none"] = field(
+        default="plateau",
+        metadata={"help": "plateau halves the step size where the loss stops falling (the paper)"},
+    )
+    plateau_window: int = field(default=2000, metadata={"help": "updates whose mean losses are compared"})
+    final_learning_rate: float = field(default=1.40625e-5, metadata={"help": "where the cosine ends"})
+    beta1: float = field(default=0.9, metadata={"help": "AdamW: decay of the running mean"})
+    beta2: float = field(default=0.96, metadata={"help": "AdamW: decay of the running variance"})
+    weight_decay: float = field(default=4.5e-2, metadata={"help": "AdamW: decoupled weight decay"})
+    decayed: Literal["matrices", "all"] = field(
+        default="matrices", metadata={"help": "what decays: the layers' matrices alone, or every parameter"}
+    )
+    grad_clip: float | None = field(default=4.0, metadata={"help": "largest norm of the gradients, or none"})
+    ema_decay: float = field(default=0.99, metadata={"help": "moving average of the weights; 0 for none"})
+    ema_every: int = field(default=25, metadata={"help": "updates between its steps"})
+    bpe_dropout: float = field(default=0.1, metadata={"help": "share of merges left out of training captions"})
+    strict: bool = field(default=False, metadata={"help": "refuse captions that are too long instead of cutting them"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.learning_rate > 0:
+            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate}")
+        if not 0 <= self.bpe_dropout <= 1:
+            raise ValueError(f"bpe_dropout must be in [0, 1], got {self.bpe_dropout}")
+
+
+def train_prior(
+    data: str | Path, out: Path, dvae_path: str | Path, config: TrainConfig, *, resume: bool = False
+) -> Path:
+    """Train on the captioned images at ``data`` and return the last checkpoint, which is a whole pipeline.
+
+    A new run first trains its tokenizer on the captions; ``config.model.text_vocab_size`` is then the largest size it
+    may have. A resumed run takes its dVAE and tokenizer from its checkpoint.
+
+    Args:
+        data: see :func:`dalle_fast.data.sources.open_source`.
+        out: run directory.
+        dvae_path: run or checkpoint of the dVAE.
+        resume: go on from the run directory's last checkpoint.
+
+    Raises:
+        ValueError, RuntimeError, FloatingPointError: with one sentence that says what is wrong.
+    """
+    out = Path(out)
+    resume_from = resume_point(out, resume)
+    source = open_source(data)
+    if resume_from is None:
+        dvae = load_dvae(dvae_path)
+        tokenizer = Tokenizer.train(source.captions(), config.model.text_vocab_size)
+        model_config = dataclasses.replace(config.model, text_vocab_size=tokenizer.vocab_size)
+    else:
+        dvae = load_dvae(resume_from / "dvae")
+        tokenizer = Tokenizer.load(resume_from / "tokenizer.json")
+        model_config = config.model
+        saved = load_config(resume_from, "dalle")
+        for name, value in to_dict(model_config).items():
+            check_match(name, saved["model"].get(name), value, resume_from)
+        check_match("tokenizer_sha256", saved.get("tokenizer_sha256"), tokenizer.sha256, resume_from)
+    check_parts_match(dvae.config, model_config, tokenizer)
+
+    torch.manual_seed(config.seed)
+    device = choose_device(config.device)
+    dvae = dvae.to(device, memory_format=torch.channels_last).requires_grad_(False)
+    model = Dalle(model_config).to(device)
+    size, caption_len = dvae.config.image_size, model_config.caption_len
+
+    def transform(sample: Sample, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        image = to_tensor(augment_for_transformer(decode_image(sample.image), size, rng))
+        text, cut = tokenizer.encode_padded(
+            sample.caption, caption_len, dropout=config.bpe_dropout, rng=rng, strict=config.strict
+        )
+        return image, text, torch.tensor(cut)
+
+    loader = Loader(
+        source,
+        transform,
+        config.batch_size,
+        seed=config.seed,
+        num_workers=config.num_workers,
+        max_bad_share=config.max_bad_share,
+    )
+
+    def forward(batch: tuple[Tensor, ...], step: int) -> Outcome:
+        images, text, cut = batch
+        tokens = dvae.encode(images.contiguous(memory_format=torch.channels_last)).flatten(1)
+        loss = model.loss(text, tokens)
+        return Outcome(loss.total, {"text_loss": loss.text, "image_loss": loss.image, "cut_captions": cut.sum()})
+
+    def learning_rate(step: int) -> float:
+        if config.decay == "cosine":
+            peak, final = config.learning_rate, config.final_learning_rate
+            return warmup_cosine(step, peak, final, config.warmup_steps, max(config.steps, config.warmup_steps + 1))
+        return linear_warmup(step, config.learning_rate, config.warmup_steps)
+
+    task = Task(
+        model=model,
+        optimizer=_optimizer(model, config),
+        loader=loader,
+        forward=forward,
+        learning_rate=learning_rate,
+        config=dalle_checkpoint_config(model_config, tokenizer)
+        | {"train": {name: value for name, value in to_dict(config).items() if name != "model"}},
+        files=_write_parts(out, dvae, tokenizer),
+        plateau=PlateauHalving(window=config.plateau_window) if config.decay == "plateau" else None,
+        plateau_from=config.warmup_steps,
+        grad_clip=config.grad_clip,
+        ema_decay=config.ema_decay,
+        ema_every=config.ema_every,
+        preview=_make_preview(Pipeline(dvae, model, tokenizer), source.captions(), config.seed),
+    )
+    return train(task, config, out, resume_from=resume_from, description="transformer")
+
+
+def _optimizer(model: Dalle, config: TrainConfig) -> torch.optim.AdamW:
+    matrices = {module.weight for module in model.layers.modules() if isinstance(module, nn.Linear)}
+    decayed = [p for p in model.parameters() if config.decayed == "all" or p in matrices]
+    others = [p for p in model.parameters() if config.decayed == "matrices" and p not in matrices]
+    groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        [group for group in groups if group["params"]],
+        lr=config.learning_rate,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+        fused=True,
+    )
+
+
+def _write_parts(out: Path, dvae: DVAE, tokenizer: Tokenizer) -> dict[str, Path]:
+    """Put the dVAE and the tokenizer into the run directory, from where each checkpoint links them."""
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(out / "tokenizer.json")
+    if not (out / "dvae").exists():
+        save_dvae(dvae, out / "dvae")
+    return {"tokenizer.json": out / "tokenizer.json", "dvae": out / "dvae"}
+
+
+def _make_preview(pipeline: Pipeline, captions: Iterator[str], seed: int) -> Callable[[], dict[str, Tensor]]:
+    shown = list(itertools.islice(captions, _PREVIEW_CAPTIONS))
+
+    def preview() -> dict[str, Tensor]:
+        # A generator of its own, so that looking at samples does not change the training run.
+        generator = torch.Generator(pipeline.device).manual_seed(seed)
+        return {"samples": pipeline.generate(shown, num_images=_PREVIEW_IMAGES, generator=generator).images}
+
+    return preview
