@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 INSTALLED := $(VENV)/.installed
 DATA ?= shapes
-FONT ?=
+FONT ?= /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 COMPILER := $(if $(filter default,$(origin CXX)),c++,$(firstword $(CXX)))
 
 .PHONY: install test demo bench lint clean
@@ -24,10 +24,10 @@ test: install
 	$(VENV)/bin/pytest
 
 demo: install
-	$(VENV)/bin/dalle-fast demo --data $(DATA) --out demo $(if $(FONT),--font $(FONT))
+	$(VENV)/bin/dalle-fast demo --data $(DATA) --out demo $(if $(filter emoji,$(DATA)),--font $(FONT))
 
 bench: install
-	$(VENV)/bin/pytest benchmarks -o python_files='bench_*.py' --benchmark-only
+	$(VENV)/bin/pytest benchmarks --benchmark-only
 
 lint: install
 	$(VENV)/bin/ruff check .

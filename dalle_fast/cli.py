@@ -64,7 +64,7 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     shapes = kinds.add_parser("shapes", help="captioned drawings of one or two coloured shapes")
     shapes.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     shapes.add_argument("--train", type=int, default=12000, help="training drawings (default: 12000)")
-    shapes.add_argument("--heldout", type=int, default=512, help="drawings of held-out pairs (default: 512)")
+    shapes.add_argument("--heldout", type=int, default=512, help="drawings of held-out compositions (default: 512)")
     shapes.add_argument("--size", type=int, default=32, help="side in pixels (default: 32)")
     shapes.add_argument("--seed", type=int, default=0, help="of the drawings (default: 0)")
     shapes.set_defaults(run=_data_shapes)

@@ -10,10 +10,11 @@ A pipeline's directory is also a checkpoint of ``dalle-fast train``:
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -42,6 +43,8 @@ __all__ = [
     "load_dvae_config",
     "save_dvae",
 ]
+
+ModelConfig = TypeVar("ModelConfig", DVAEConfig, DalleConfig)
 
 DEFAULT_BATCH_SIZE = 64  # images decoded together
 
@@ -116,7 +119,7 @@ class Pipeline:
         config = load_config(path, "dalle")
         tokenizer = Tokenizer.load(path / "tokenizer.json")
         check_match("tokenizer_sha256", config.get("tokenizer_sha256"), tokenizer.sha256, path)
-        dalle = Dalle(from_dict(DalleConfig, config["model"]))
+        dalle = Dalle(model_config(DalleConfig, config, path))
         _load_best_weights(dalle, path)
         return cls(load_dvae(path / "dvae"), dalle.eval(), tokenizer).to(device)
 
@@ -230,9 +233,23 @@ def save_dvae(dvae: DVAE, directory: Path) -> None:
     write_checkpoint(directory, config=config, model=dvae.state_dict())
 
 
+def model_config(config_class: type[ModelConfig], config: dict[str, Any], path: Path) -> ModelConfig:
+    """The model's configuration in a checkpoint's config.json, which must name every field.
+
+    Raises:
+        ValueError: a field is missing or unknown.
+        TypeError: a value has the wrong type.
+    """
+    for field in dataclasses.fields(config_class):
+        if field.name not in config["model"]:
+            raise ValueError(f"checkpoint {path}: model in config.json lacks the field {field.name}")
+    return from_dict(config_class, config["model"])
+
+
 def load_dvae_config(directory: str | Path) -> DVAEConfig:
     """Read the sizes of the dVAE of a checkpoint, or of a run's newest one."""
-    return from_dict(DVAEConfig, load_config(latest_checkpoint(directory), "dvae")["model"])
+    path = latest_checkpoint(directory)
+    return model_config(DVAEConfig, load_config(path, "dvae"), path)
 
 
 def load_dvae(directory: str | Path) -> DVAE:

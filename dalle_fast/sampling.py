@@ -57,7 +57,9 @@ def draw_token(
     """One code a row, (B,) int64, from scores (B, K); temperature 0 takes the arg-max."""
     if temperature == 0:
         return logits.argmax(dim=-1)
-    kept = filter_logits(logits.float() / temperature, top_k=top_k, top_p=top_p)
+    scores = logits.float()
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature  # at most 0, however small the temperature
+    kept = filter_logits(scores, top_k=top_k, top_p=top_p)
     return torch.multinomial(kept.softmax(dim=-1), 1, generator=generator).squeeze(-1)
 
 

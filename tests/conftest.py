@@ -1,4 +1,6 @@
-"""Every test starts from the same random state."""
+"""Every test starts from the same random state; what the tests of training runs start from."""
+
+import dataclasses
 
 import pytest
 import torch
@@ -7,3 +9,35 @@ import torch
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def drawings(tmp_path_factory):
+    """A folder of a few captioned drawings."""
+    from training_runs import DRAWINGS
+
+    from dalle_fast.data.shapes import write_shapes
+
+    out = tmp_path_factory.mktemp("drawings") / "shapes"
+    write_shapes(out, train=DRAWINGS, heldout=0, size=16)
+    return out / "train"
+
+
+@pytest.fixture(scope="session")
+def dvae_run(drawings, tmp_path_factory):
+    """The run directory of a dVAE that was trained a little."""
+    from training_runs import DVAE_CONFIG
+
+    from dalle_fast.training.dvae import train_dvae
+
+    out = tmp_path_factory.mktemp("dvae") / "run"
+    train_dvae(drawings, out, dataclasses.replace(DVAE_CONFIG, steps=2))
+    return out
+
+
+@pytest.fixture(params=["dvae", "dalle"])
+def start(request, drawings, dvae_run):
+    """Call start(out, resume=False, **changes of the configuration) to train either model."""
+    from training_runs import Run
+
+    return Run(request.param, drawings, dvae_run)

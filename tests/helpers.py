@@ -1,8 +1,10 @@
-"""What several tests share: the patterns to run over, and the error budget of an op against float64."""
+"""What several tests share: patterns to run over, the error budget of an op against float64, tiny models."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from dalle_fast.models.dvae import DVAE, DVAEConfig
+from dalle_fast.models.transformer import Dalle, DalleConfig
 from dalle_fast.patterns import Column, Conv, Full, Pattern, Row
 
 
@@ -44,3 +46,43 @@ def assert_within_budget(actual: Tensor, same_dtype: Tensor, truth: Tensor) -> N
     error = (actual.double() - truth)[finite].abs().max()
     peer_error = (same_dtype.double() - truth)[finite].abs().max()
     assert error <= 2 * (peer_error + eps * truth[finite].abs().max())
+
+
+def randomize(module: nn.Module, std: float = 0.3) -> None:
+    """Give every parameter random values, so that none hides another by being zero or one."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=std)
+
+
+def tiny_dvae(**changes) -> DVAE:
+    """A dVAE for 16 x 16 images, 4 x 4 tokens of 12 codes."""
+    sizes = {"image_size": 16, "vocab_size": 12, "hidden": 8, "codebook_dim": 6, "groups": 3, "blocks_per_group": 1}
+    return DVAE(DVAEConfig(**sizes | changes))
+
+
+def tiny_dalle(**changes) -> Dalle:
+    """A transformer with a layer of each pattern and random weights."""
+    sizes = {
+        "text_vocab_size": 20,
+        "image_vocab_size": 12,
+        "text_len": 5,
+        "grid": (3, 4),
+        "depth": 4,
+        "width": 16,
+        "heads": 2,
+    }
+    model = Dalle(DalleConfig(**sizes | changes))
+    randomize(model)
+    return model.eval()
+
+
+def random_captions(config: DalleConfig, lengths: list[int]) -> Tensor:
+    """Captions of these lengths, (B, caption_len), padded."""
+    text = torch.randint(1, config.text_vocab_size, (len(lengths), config.caption_len))
+    return text * (torch.arange(config.caption_len) < torch.tensor(lengths)[:, None])
+
+
+def random_image_tokens(config: DalleConfig, count: int) -> Tensor:
+    """Tokens of whole images, (count, image_len)."""
+    return torch.randint(config.image_vocab_size, (count, config.image_len))

@@ -210,3 +210,13 @@ def test_corrupt_files_are_refused_in_one_sentence(tmp_path, content):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.json"):
         Tokenizer.load(tmp_path / "none.json")
+
+
+def test_dropout_never_cuts_what_fits_without_it(tokenizer):
+    caption = "a large red circle"
+    fits = len(tokenizer.encode(caption))
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        ids, truncated = tokenizer.encode_padded(caption, fits, dropout=0.5, rng=rng, strict=True)
+        assert not truncated
+        assert tokenizer.decode(ids) == caption

@@ -3,15 +3,16 @@
     "a small red circle at the top left and a large blue cross at the bottom right on a grey background"
 
 A drawing is a background and one shape in one or two of the four quadrants; a shape has a size, a colour and a form.
-Some pairs of colour and form are held out: no training drawing shows them, though each colour and each form occurs
-there in other pairs, so that a model is asked for compositions it never saw. :func:`read_drawing` goes the other way,
-from pixels alone: it matches each quadrant with every form and size at every place, and knows no caption.
+Some compositions of colour, form and position are held out: no training drawing shows them, though each two of the
+three occur together there, so that a model is asked for what it never saw as a whole. :func:`read_drawing` goes the
+other way, from pixels alone: it matches each quadrant with every form and size at every place, and knows no caption.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +25,7 @@ __all__ = [
     "Drawing",
     "Shape",
     "draw",
-    "held_out_pairs",
+    "held_out_compositions",
     "random_drawing",
     "read_drawing",
     "score",
@@ -36,7 +37,7 @@ COLOURS = {
     "blue": (40, 75, 215),
     "yellow": (245, 215, 40),
     "purple": (140, 50, 165),
-    "orange": (245, 130, 25),
+    "cyan": (45, 195, 205),
 }
 BACKGROUNDS = {
     "white": (245, 245, 245),
@@ -45,14 +46,18 @@ BACKGROUNDS = {
     "pink": (250, 190, 205),
 }
 FORMS = ("circle", "square", "triangle", "cross")
-RADII = {"small": 0.26, "large": 0.41}  # half a shape's side, as a share of a quadrant's
+RADII = {"small": 0.31, "large": 0.44}  # half a shape's side, as a share of a quadrant's
 POSITIONS = {"top left": (0, 0), "top right": (0, 1), "bottom left": (1, 0), "bottom right": (1, 1)}
+Composition = tuple[str, str, str]  # colour, form, position
 ATTRIBUTES = ("count", "position", "form", "colour", "size", "background")
 
+_SHAPE = re.compile(
+    rf"an? ({'|'.join(RADII)}) ({'|'.join(COLOURS)}) ({'|'.join(FORMS)}) at the ({'|'.join(POSITIONS)})"
+)
 _OVERSAMPLING = 4  # drawn this much larger, then averaged down: smooth edges
-_COLOUR_JITTER = 8  # of 255, uniform, each channel of the background and of each shape
-_PLACE_JITTER = 0.06  # of a quadrant's side
-_RADIUS_JITTER = 0.03
+_COLOUR_JITTER = 6  # of 255, uniform, each channel of the background and of each shape
+_PLACE_JITTER = 0.03  # of a quadrant's side
+_RADIUS_JITTER = 0.015
 
 
 @dataclass(frozen=True)
@@ -81,22 +86,47 @@ class Drawing:
         """The one caption that says all there is to see."""
         return f"{' and '.join(map(str, self.shapes))} on a {self.background} background"
 
+    @classmethod
+    def from_caption(cls, caption: str) -> Drawing:
+        """The drawing that has this caption.
 
-def held_out_pairs(seed: int = 0) -> frozenset[tuple[str, str]]:
-    """One (colour, form) pair for each form, all colours different: the compositions training never shows."""
-    colours = np.random.default_rng(seed).permutation(list(COLOURS))
-    return frozenset(zip(map(str, colours), FORMS, strict=False))
+        Raises:
+            ValueError: the caption is not one that :attr:`caption` gives.
+        """
+        match = re.fullmatch(rf"(.+) on a ({'|'.join(BACKGROUNDS)}) background", caption)
+        shapes = [_SHAPE.fullmatch(words) for words in match[1].split(" and ")] if match else [None]
+        drawing = cls(tuple(Shape(*shape.groups()) for shape in shapes), match[2]) if all(shapes) else None
+        places = [list(POSITIONS).index(shape.position) for shape in drawing.shapes] if drawing else []
+        if drawing is None or drawing.caption != caption or len(places) > 2 or places != sorted(set(places)):
+            raise ValueError(f"caption must be one of a drawing of shapes, got {caption!r}")
+        return drawing
 
 
-def random_drawing(rng: np.random.Generator, held_out: frozenset[tuple[str, str]], *, show_held_out: bool) -> Drawing:
-    """A drawing with no held-out pair, or, with show_held_out, one with at least one."""
+def held_out_compositions(seed: int = 0) -> frozenset[Composition]:
+    """The compositions training never shows: at each position one colour for each form, each pair of them only once."""
+    colours = [str(colour) for colour in np.random.default_rng(seed).permutation(list(COLOURS))]
+    return frozenset(
+        (colours[(row + column) % len(colours)], form, position)
+        for row, form in enumerate(FORMS)
+        for column, position in enumerate(POSITIONS)
+    )
+
+
+def random_drawing(rng: np.random.Generator, held_out: frozenset[Composition], *, show_held_out: bool) -> Drawing:
+    """A drawing with no held-out composition, or, with show_held_out, one with at least one.
+
+    Raises:
+        ValueError: show_held_out, but there is no held-out composition to show.
+    """
+    if show_held_out and not held_out:
+        raise ValueError("held_out must hold a composition to show, got none")
     while True:
         count = int(rng.integers(1, 3))
         places = sorted(rng.choice(len(POSITIONS), size=count, replace=False))
         shapes = tuple(
             Shape(_pick(rng, RADII), _pick(rng, COLOURS), _pick(rng, FORMS), list(POSITIONS)[place]) for place in places
         )
-        if any((shape.colour, shape.form) in held_out for shape in shapes) == show_held_out:
+        if any((shape.colour, shape.form, shape.position) in held_out for shape in shapes) == show_held_out:
             return Drawing(shapes, _pick(rng, BACKGROUNDS))
 
 
@@ -134,7 +164,7 @@ def _draw_form(
     elif form == "triangle":
         pen.polygon([(x, top), (right, bottom), (left, bottom)], fill=fill)
     else:
-        arm = radius * 0.36
+        arm = radius * 0.3
         pen.rectangle((left, y - arm, right, y + arm), fill=fill)
         pen.rectangle((x - arm, top, x + arm, bottom), fill=fill)
 
@@ -223,31 +253,37 @@ def score(asked: Drawing, seen: Drawing) -> dict[str, bool]:
 def write_shapes(out: Path, *, train: int, heldout: int, size: int = 32, seed: int = 0) -> dict[str, int]:
     """Write the data set as two folders of images with same-stem captions, OUT/train and OUT/heldout.
 
-    OUT/heldout.json lists the held-out pairs of colour and form.
+    OUT/heldout.json lists the held-out compositions.
 
     Args:
-        out: directory to write to; made where it does not exist.
-        train: drawings without a held-out pair.
+        out: a new or empty folder.
+        train: drawings without a held-out composition.
         heldout: drawings with one.
         size: side of a drawing in pixels, an even number >= 16.
         seed: the data set is a function of it and the sizes.
 
     Returns:
         The number of drawings by folder.
+
+    Raises:
+        ValueError: a number out of range, or out is not empty.
     """
     if size < 16 or size % 2:
         raise ValueError(f"size must be an even number >= 16, got {size}")
     if train < 1 or heldout < 0:
         raise ValueError(f"train must be >= 1 and heldout >= 0, got {train} and {heldout}")
-    pairs = held_out_pairs(seed)
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out must be a new or empty folder, got {out}")
+    compositions = held_out_compositions(seed)
     for number, (folder, count) in enumerate((("train", train), ("heldout", heldout))):
         rng = np.random.default_rng((seed, number))
-        directory = Path(out) / folder
+        directory = out / folder
         directory.mkdir(parents=True, exist_ok=True)
         for index in range(count):
-            drawing = random_drawing(rng, pairs, show_held_out=folder == "heldout")
+            drawing = random_drawing(rng, compositions, show_held_out=folder == "heldout")
             draw(drawing, size, rng).save(directory / f"{index:06}.png", compress_level=1)
             (directory / f"{index:06}.txt").write_text(drawing.caption + "\n", encoding="utf-8")
-    listing = [{"colour": colour, "form": form} for colour, form in sorted(pairs)]
-    (Path(out) / "heldout.json").write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
+    listing = [dict(zip(("colour", "form", "position"), parts, strict=True)) for parts in sorted(compositions)]
+    (out / "heldout.json").write_text(json.dumps(listing, indent=1) + "\n", encoding="utf-8")
     return {"train": train, "heldout": heldout}

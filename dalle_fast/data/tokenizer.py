@@ -169,7 +169,7 @@ class Tokenizer:
         rng: np.random.Generator | None = None,
         strict: bool = False,
     ) -> tuple[torch.Tensor, bool]:
-        """Token ids of a caption at a fixed length.
+        """Token ids of a caption at a fixed length. One that fits without dropout is never cut.
 
         Args:
             caption, dropout, rng: as for `encode`.
@@ -185,6 +185,10 @@ class Tokenizer:
         if length < 1:
             raise ValueError(f"length must be >= 1, got {length}")
         ids = self.encode(caption, dropout=dropout, rng=rng)
+        if dropout > 0 and len(ids) > length:
+            # Dropout must not cut what fits without it.
+            whole = self.encode(caption)
+            ids = whole if len(whole) <= length else ids
         if strict and len(ids) > length:
             raise ValueError(f'caption must have at most {length} tokens, got {len(ids)}: "{caption}"')
         padded = torch.full((length,), PAD_ID, dtype=torch.int64)

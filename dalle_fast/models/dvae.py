@@ -6,6 +6,7 @@
 
 f is the logit-Laplace density over pixels mapped into [0.1, 0.9], and KL runs from the categorical of the raw logits
 (whatever tau is) to the uniform one, in nats. At 256 x 256 pixels and 32 x 32 positions the factor is kl_weight / 192.
+Another likelihood, and other initial values than the published ones, are fields of :class:`DVAEConfig`.
 
 Parameters carry the names and shapes of the published encoder and decoder, whose state dicts load as they are. The
 encoder's last and the decoder's first convolution always run in fp32. The decoder's first convolution is the codebook:
@@ -19,12 +20,13 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dalle_fast.ops.checks import without_autocast
 from dalle_fast.ops.gumbel import gumbel_quantize
 
 __all__ = [
@@ -55,6 +57,20 @@ class DVAEConfig:
     groups: int = field(default=4, metadata={"help": "groups of residual blocks; each but one halves the resolution"})
     blocks_per_group: int = field(default=2, metadata={"help": "residual blocks in a group"})
     channels: int = field(default=3, metadata={"help": "channels of an image"})
+    likelihood: Literal["logit_laplace", "normal"] = field(
+        default="logit_laplace",
+        metadata={"help": "of a pixel; normal is squared error, which learns edges in far fewer updates"},
+    )
+    log_scale: float | None = field(
+        default=None, metadata={"help": "ln of every pixel's scale; none lets the decoder predict it (the paper)"}
+    )
+    residual_gain: float | None = field(
+        default=None, metadata={"help": "factor on each residual branch; none is 1 / blocks ** 2 (the paper)"}
+    )
+    codebook_std: float | None = field(
+        default=None, metadata={"help": "of the initial codebook; none is 1 / sqrt(vocab_size), as published"}
+    )
+    logit_gain: float = field(default=1.0, metadata={"help": "factor on the encoder's initial logits"})
 
     def __post_init__(self) -> None:
         for name in ("image_size", "hidden", "codebook_dim", "groups", "blocks_per_group", "channels"):
@@ -68,6 +84,17 @@ class DVAEConfig:
             )
         if self.hidden % 4:
             raise ValueError(f"hidden must be a multiple of 4, got {self.hidden}")
+        if self.likelihood not in _LIKELIHOODS:
+            raise ValueError(f"likelihood must be one of {', '.join(_LIKELIHOODS)}, got {self.likelihood!r}")
+        for name in ("residual_gain", "codebook_std", "logit_gain"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be > 0, got {value}")
+
+    @property
+    def branch_gain(self) -> float:
+        """Factor on each residual branch: residual_gain, or the paper's 1 / blocks ** 2."""
+        return self.residual_gain or 1 / (self.groups * self.blocks_per_group) ** 2
 
     @property
     def downsampling(self) -> int:
@@ -100,27 +127,35 @@ def unmap_pixels(mapped: Tensor) -> Tensor:
     return ((mapped - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN)).clamp(0, 1)
 
 
-def logit_laplace_nll(target: Tensor, statistics: Tensor) -> Tensor:
+def logit_laplace_nll(target: Tensor, mu: Tensor, log_scale: Tensor | float) -> Tensor:
     """-ln of the logit-Laplace density, in nats, elementwise.
 
     -ln f(x | mu, b) = |logit x - mu| / b + ln b + ln 2 + ln x + ln(1 - x)
 
     Args:
-        target: (B, C, H, W), values in (0, 1), as :func:`map_pixels` gives them.
-        statistics: (B, 2C, H, W): mu, then ln b.
-
-    Returns:
-        (B, C, H, W).
+        target: x, values in (0, 1), as :func:`map_pixels` gives them.
+        mu: same shape.
+        log_scale: ln b, same shape or one number.
     """
-    mu, log_scale = statistics.chunk(2, dim=1)
+    log_scale = torch.as_tensor(log_scale, dtype=mu.dtype, device=mu.device)
     log_odds = torch.log(target) - torch.log1p(-target)
-    return (
-        (log_odds - mu).abs() * torch.exp(-log_scale)
-        + log_scale
-        + math.log(2)
-        + torch.log(target)
-        + torch.log1p(-target)
-    )
+    log_jacobian = torch.log(target) + torch.log1p(-target)
+    return (log_odds - mu).abs() * torch.exp(-log_scale) + log_scale + math.log(2) + log_jacobian
+
+
+def normal_nll(target: Tensor, mu: Tensor, log_scale: Tensor | float) -> Tensor:
+    """-ln of a normal density with mean sigmoid(mu), in nats, elementwise.
+
+    -ln f(x | mu, b) = (x - sigmoid mu)^2 / (2 b^2) + ln b + ln(2 pi) / 2
+
+    Args: as :func:`logit_laplace_nll`.
+    """
+    log_scale = torch.as_tensor(log_scale, dtype=mu.dtype, device=mu.device)
+    error = target - torch.sigmoid(mu)
+    return 0.5 * error.square() * torch.exp(-2 * log_scale) + log_scale + 0.5 * math.log(2 * math.pi)
+
+
+_LIKELIHOODS = {"logit_laplace": logit_laplace_nll, "normal": normal_nll}
 
 
 class Conv2d(nn.Module):
@@ -135,7 +170,7 @@ class Conv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.always_fp32:
-            with torch.autocast(x.device.type, enabled=False):
+            with without_autocast(x.device):
                 return F.conv2d(x.float(), self.w.float(), self.b.float(), padding=self.kernel_size // 2)
         return F.conv2d(x, self.w, self.b, padding=self.kernel_size // 2)
 
@@ -149,7 +184,7 @@ class ResidualBlock(nn.Module):
 
     Args:
         kernel_sizes: of the four convolutions; (3, 3, 3, 1) in the encoder, (1, 3, 3, 3) in the decoder.
-        gain: the paper's small constant on the branch, 1 / layers ** 2; not a parameter.
+        gain: the paper's small constant on the branch; not a parameter.
     """
 
     def __init__(self, n_in: int, n_out: int, kernel_sizes: tuple[int, int, int, int], gain: float) -> None:
@@ -174,10 +209,11 @@ def _group(
     kernel_sizes: tuple[int, int, int, int],
     resample: nn.Module | None,
 ) -> nn.Sequential:
-    gain = 1 / (config.groups * config.blocks_per_group) ** 2
     blocks: OrderedDict[str, nn.Module] = OrderedDict()
     for number in range(1, config.blocks_per_group + 1):
-        blocks[f"block_{number}"] = ResidualBlock(n_in if number == 1 else n_out, n_out, kernel_sizes, gain)
+        blocks[f"block_{number}"] = ResidualBlock(
+            n_in if number == 1 else n_out, n_out, kernel_sizes, config.branch_gain
+        )
     if resample is not None:
         blocks["pool" if isinstance(resample, nn.MaxPool2d) else "upsample"] = resample
     return nn.Sequential(blocks)
@@ -248,6 +284,10 @@ class DVAE(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
+        with torch.no_grad():
+            self.encoder.blocks.output.conv.w.mul_(config.logit_gain)
+            if config.codebook_std is not None:
+                self.decoder.blocks.input.w.normal_(std=config.codebook_std)
 
     def logits(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to (B, vocab_size, H / downsampling, W / downsampling), fp32.
@@ -289,7 +329,10 @@ class DVAE(nn.Module):
         target = map_pixels(images)
         code = gumbel_quantize(self.logits(images), self.decoder.codebook, tau, seed=seed)
         statistics = self.decoder.from_quantized(code.quantized)
-        reconstruction = logit_laplace_nll(target, statistics).mean()
+        mu, log_scale = statistics.chunk(2, dim=1)
+        if self.config.log_scale is not None:
+            log_scale = self.config.log_scale
+        reconstruction = _LIKELIHOODS[self.config.likelihood](target, mu, log_scale).mean()
         kl = code.kl.mean()
         positions_per_value = code.kl[0].numel() / target[0].numel()
         total = reconstruction + kl_weight * positions_per_value * kl

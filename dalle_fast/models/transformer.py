@@ -28,12 +28,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle_fast.ops.attention import attention, attention_qkvpacked
+from dalle_fast.ops.checks import without_autocast
 from dalle_fast.ops.cross_entropy import linear_cross_entropy
 from dalle_fast.ops.kv_cache import KVCache, attention_with_kvcache
 from dalle_fast.patterns import Pattern, schedule
 
 __all__ = ["PAD_ID", "Dalle", "DalleConfig", "DalleLogits", "DalleLoss"]
 
+_LAYOUTS = ("dalle", "dalle-pytorch", "ru-dalle")
 PAD_ID = 0  # text token that means "no token here"
 
 
@@ -74,6 +76,8 @@ class DalleConfig:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.text_vocab_size < 2:
             raise ValueError(f"text_vocab_size must be >= 2, got {self.text_vocab_size}")
+        if len(self.grid) != 2 or min(self.grid) < 1:
+            raise ValueError(f"grid must be two sides >= 1, got {self.grid}")
         if self.width % self.heads:
             raise ValueError(f"heads must divide width {self.width}, got {self.heads}")
         if not 0 <= self.dropout < 1:
@@ -84,6 +88,10 @@ class DalleConfig:
             raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {self.activation!r}")
         if self.start_of_text not in ("inside", "before"):
             raise ValueError(f"start_of_text must be inside or before, got {self.start_of_text!r}")
+        if self.caption_len < 1:
+            raise ValueError(f"text_len must be >= 2 where the start vector is inside, got {self.text_len}")
+        if self.layout not in _LAYOUTS:
+            raise ValueError(f"layout must be one of {', '.join(_LAYOUTS)}, got {self.layout!r}")
 
     @property
     def head_dim(self) -> int:
@@ -136,7 +144,7 @@ class LayerNorm(nn.LayerNorm):
     """LayerNorm in fp32, whatever the input's dtype and autocast say."""
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device):
             return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps)
 
 
@@ -284,7 +292,7 @@ class Dalle(nn.Module):
 
     def image_logits(self, hidden: Tensor) -> Tensor:
         """fp32 scores (..., image_vocab_size) of normalised image states (..., width)."""
-        with torch.autocast(hidden.device.type, enabled=False):
+        with without_autocast(hidden.device):
             return F.linear(hidden.float(), self.image_head.weight.float())
 
     def forward(self, text: Tensor, image_tokens: Tensor) -> DalleLogits:
@@ -301,7 +309,7 @@ class Dalle(nn.Module):
             ValueError: a shape or dtype other than these.
         """
         text_hidden, image_hidden = self._hidden(text, image_tokens)
-        with torch.autocast(text_hidden.device.type, enabled=False):
+        with without_autocast(text_hidden.device):
             text_logits = F.linear(text_hidden.float(), self.text_head.weight.float())
         return DalleLogits(text_logits, self.image_logits(image_hidden))
 
@@ -359,7 +367,7 @@ class Dalle(nn.Module):
 
 
 def _cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device):
         return linear_cross_entropy(
             hidden.float().flatten(0, 1), weight.float(), target.flatten(), ignore_index=ignore_index
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from dalle_fast.config import to_dict
 from dalle_fast.data.images import augment_for_dvae, center_crop, decode_image, to_tensor
 from dalle_fast.data.sources import Loader, Sample, open_source
 from dalle_fast.models.dvae import DVAE, DVAEConfig
-from dalle_fast.training.loop import Outcome, RunConfig, Task, choose_device, resume_point, train
+from dalle_fast.training.loop import Outcome, RunConfig, Task, check_update_rule, choose_device, resume_point, train
 from dalle_fast.training.schedules import half_cosine, warmup_cosine
 
 __all__ = ["TrainDVAEConfig", "train_dvae"]
@@ -46,9 +47,13 @@ class TrainDVAEConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("tau", "final_tau", "learning_rate"):
+        for name in ("tau", "final_tau"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be > 0, got {getattr(self, name)}")
+        for name in ("learning_rate_steps", "tau_steps", "kl_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
+        check_update_rule(self.learning_rate, self.grad_clip, self.ema_decay)
 
 
 def train_dvae(data: str | Path, out: Path, config: TrainDVAEConfig, *, resume: bool = False) -> Path:
@@ -98,10 +103,13 @@ def train_dvae(data: str | Path, out: Path, config: TrainDVAEConfig, *, resume: 
         num_workers=config.num_workers,
         max_bad_share=config.max_bad_share,
     )
-    shown = _first_images(data, size).to(device)
+
+    @functools.cache
+    def shown() -> Tensor:
+        return _first_images(data, size).to(device)
 
     def preview() -> dict[str, Tensor]:
-        pairs = torch.stack([shown, model.decode(model.encode(shown))], dim=1)
+        pairs = torch.stack([shown(), model.decode(model.encode(shown()))], dim=1)
         return {"reconstructions": pairs.flatten(0, 1)}
 
     task = Task(

@@ -2,17 +2,21 @@
 
 A run directory OUT holds step-*/ (checkpoints), log.jsonl, tensorboard/ and images/. A run that is killed goes on
 from its last checkpoint with ``resume``: weights, optimiser, moving average, random numbers and the place in the data
-are restored, so that on a CPU it takes the same steps, bit for bit, as one that was never stopped.
+are restored, so that on a CPU it takes the same steps, bit for bit, as one that was never stopped. Ctrl-C waits for
+the current update to end and writes a checkpoint; a second one breaks off at once, as a kill does.
 """
 
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -30,7 +34,7 @@ from dalle_fast.data.sources import Loader
 from dalle_fast.training.log import RunLog
 from dalle_fast.training.schedules import PlateauHalving
 
-__all__ = ["Outcome", "RunConfig", "Task", "choose_device", "resume_point", "train"]
+__all__ = ["Outcome", "RunConfig", "Task", "check_update_rule", "choose_device", "resume_point", "train"]
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,16 @@ class RunConfig:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
         if self.images_every < 0:
             raise ValueError(f"images_every must be >= 0, got {self.images_every}")
+
+
+def check_update_rule(learning_rate: float, grad_clip: float | None, ema_decay: float) -> None:
+    """Raise ValueError for what both models' updates share, where it is out of range."""
+    if not learning_rate > 0:
+        raise ValueError(f"learning_rate must be > 0, got {learning_rate}")
+    if grad_clip is not None and not grad_clip > 0:
+        raise ValueError(f"grad_clip must be > 0 or none, got {grad_clip}")
+    if not 0 <= ema_decay < 1:
+        raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
 
 
 class Outcome(NamedTuple):
@@ -147,6 +161,7 @@ def train(
 
     Raises:
         FloatingPointError: the loss became NaN or infinite.
+        KeyboardInterrupt: on Ctrl-C, after a checkpoint.
         ValueError, RuntimeError: as the loader and the checkpoints raise them.
     """
     state = _State(task, run, Path(out))
@@ -161,27 +176,51 @@ def train(
         progress=progress,
         description=description,
     )
-    with log:
+    with log, _interrupt_held() as interrupted:
         batches = iter(task.loader)
-        try:
-            while state.step < run.steps:
-                outcome = state.update(next(batches))
-                step, last = state.step, state.step == run.steps
-                if step % run.log_every == 0 or last:
-                    state.check_finite(outcome.loss)
-                    speed = clock.steps_per_s(step) * run.batch_size
-                    log.log(step - 1, **state.scalars(outcome), samples_per_s=speed)
-                with clock.paused():
-                    if task.preview and run.images_every and (step % run.images_every == 0 or last):
-                        for name, images in state.preview().items():
-                            log.images(step - 1, name, images)
-                    if step % run.checkpoint_every == 0 or last:
-                        state.save()
-        except KeyboardInterrupt:
-            state.save()
+        while state.step < run.steps:
+            outcome = state.update(next(batches))
+            step, last, stop = state.step, state.step == run.steps, interrupted.is_set()
+            if step % run.log_every == 0 or last:
+                state.check_finite(outcome.loss)
+                speed = clock.steps_per_s(step) * run.batch_size
+                log.log(step - 1, **state.scalars(outcome), samples_per_s=speed)
+            with clock.paused():
+                if task.preview and run.images_every and (step % run.images_every == 0 or last):
+                    for name, images in state.preview().items():
+                        log.images(step - 1, name, images)
+                if step % run.checkpoint_every == 0 or last or stop:
+                    state.check_finite(outcome.loss, weights=True)
+                    state.save()
+            if stop:
+                break
+        if interrupted.is_set():
             log.warn(f"stopped after {state.step} updates; go on with --resume")
-            raise
+            raise KeyboardInterrupt
     return state.checkpoint
+
+
+@contextmanager
+def _interrupt_held() -> Iterator[threading.Event]:
+    """Inside the block the first Ctrl-C only sets the event, so that no update is cut in two.
+
+    Where Ctrl-C does not raise KeyboardInterrupt in this thread anyway, all stays as it is.
+    """
+    seen = threading.Event()
+    raising = signal.default_int_handler
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is not raising:
+        yield seen
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        seen.set()
+        signal.signal(signal.SIGINT, raising)
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield seen
+    finally:
+        signal.signal(signal.SIGINT, raising)
 
 
 class _State:
@@ -217,11 +256,14 @@ class _State:
             torch._foreach_lerp_(list(self.average.values()), list(weights.values()), 1 - task.ema_decay)
         return outcome
 
-    def check_finite(self, loss: Tensor) -> None:
-        if not math.isfinite(loss.item()):
+    def check_finite(self, loss: Tensor, *, weights: bool = False) -> None:
+        fault = None if math.isfinite(loss.item()) else f"the loss became {loss.item()}"
+        if weights and not all(bool(weight.isfinite().all()) for weight in self.task.model.parameters()):
+            fault = fault or "a weight became NaN or infinite"
+        if fault:
             raise FloatingPointError(
-                f"the loss became {loss.item()} by update {self.step}; go on from "
-                f"{self.checkpoint or 'the start'} with a smaller learning_rate"
+                f"{fault} by update {self.step}; go on from {self.checkpoint or 'the start'} "
+                "with a smaller learning_rate"
             )
 
     def scalars(self, outcome: Outcome) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from dalle_fast.data.tokenizer import Tokenizer
 from dalle_fast.models.dvae import DVAE
 from dalle_fast.models.transformer import Dalle, DalleConfig
 from dalle_fast.pipeline import Pipeline, check_parts_match, dalle_checkpoint_config, load_dvae, save_dvae
-from dalle_fast.training.loop import Outcome, RunConfig, Task, choose_device, resume_point, train
+from dalle_fast.training.loop import Outcome, RunConfig, Task, check_update_rule, choose_device, resume_point, train
 from dalle_fast.training.schedules import PlateauHalving, linear_warmup, warmup_cosine
 
 __all__ = ["TrainConfig", "train_prior"]
@@ -57,8 +58,9 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.learning_rate > 0:
-            raise ValueError(f"learning_rate must be > 0, got {self.learning_rate}")
+        check_update_rule(self.learning_rate, self.grad_clip, self.ema_decay)
+        if self.ema_every < 1:
+            raise ValueError(f"ema_every must be >= 1, got {self.ema_every}")
         if not 0 <= self.bpe_dropout <= 1:
             raise ValueError(f"bpe_dropout must be in [0, 1], got {self.bpe_dropout}")
 
@@ -85,7 +87,10 @@ def train_prior(
     source = open_source(data)
     if resume_from is None:
         dvae = load_dvae(dvae_path)
-        tokenizer = Tokenizer.train(source.captions(), config.model.text_vocab_size)
+        captions = list(source.captions())
+        if not captions:
+            raise ValueError(f"data must hold at least one usable caption, got none in {source.path}")
+        tokenizer = Tokenizer.train(captions, config.model.text_vocab_size)
         model_config = dataclasses.replace(config.model, text_vocab_size=tokenizer.vocab_size)
     else:
         dvae = load_dvae(resume_from / "dvae")
@@ -167,9 +172,12 @@ def _optimizer(model: Dalle, config: TrainConfig) -> torch.optim.AdamW:
 def _write_parts(out: Path, dvae: DVAE, tokenizer: Tokenizer) -> dict[str, Path]:
     """Put the dVAE and the tokenizer into the run directory, from where each checkpoint links them."""
     out.mkdir(parents=True, exist_ok=True)
+    # Made anew: checkpoints share the old files, and a run that never got to its first checkpoint may have left others.
+    (out / "tokenizer.json").unlink(missing_ok=True)
     tokenizer.save(out / "tokenizer.json")
-    if not (out / "dvae").exists():
-        save_dvae(dvae, out / "dvae")
+    if (out / "dvae").exists():
+        shutil.rmtree(out / "dvae")
+    save_dvae(dvae, out / "dvae")
     return {"tokenizer.json": out / "tokenizer.json", "dvae": out / "dvae"}
 
 

@@ -1,0 +1,93 @@
+"""A pytest-benchmark JSON file as Markdown.
+
+    pytest benchmarks --benchmark-only --benchmark-json=run.json
+    python benchmarks/report.py run.json
+
+One table a group, in the order in which the benchmarks ran: median time with the 20th and 80th percentile, speed
+against the group's first row (below 1 is slower), and the rates that the benchmark recorded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+
+def report(run: dict[str, Any]) -> str:
+    """The parsed JSON file as Markdown.
+
+    Raises:
+        KeyError: it was not written by pytest-benchmark with these benchmarks' conftest.py.
+    """
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for benchmark in run["benchmarks"]:
+        groups.setdefault(benchmark["group"], []).append(benchmark)
+    return "\n".join([*_heading(run), *(line for name, rows in groups.items() for line in _table(name, rows))])
+
+
+def _heading(run: dict[str, Any]) -> list[str]:
+    machine, commit = run["machine_info"], run["commit_info"]
+    state = " with uncommitted changes" if commit["dirty"] else ""
+    extension = machine["cpp"]
+    native = f"C++ level {extension['cpu_level']}" if extension else "no C++ extension"
+    return [
+        f"- {machine['cpu']['brand_raw']}, threads: {machine['threads']}, GPU: {machine['cuda'] or 'none'}, "
+        f"PyTorch on {machine['torch_cpu_capability']}, {native}",
+        f"- {machine['system']} {machine['machine']}, Python {machine['python_version']}, torch {machine['torch']}, "
+        f"dalle_fast {machine['dalle_fast']}, commit {str(commit['id'])[:12]}{state}, {run['datetime'][:10]}",
+    ]
+
+
+def _table(name: str, rows: list[dict[str, Any]]) -> list[str]:
+    rates = list(dict.fromkeys(rate for row in rows for rate in row["extra_info"]))
+    titles = ["benchmark", "median", "p20 to p80", "rounds", "speed", *(rate.replace("_per_s", "/s") for rate in rates)]
+    lines = ["", f"### {name}", "", _line(titles), _line(["---"] + ["--:"] * (len(titles) - 1))]
+    first = rows[0]["stats"]["median"]
+    for row in rows:
+        stats = row["stats"]
+        low, high = _percentiles(stats["data"])
+        cells = [
+            row["name"].removeprefix("test_"),
+            f"{_milliseconds(stats['median'])} ms",
+            f"{_milliseconds(low)} to {_milliseconds(high)}",
+            str(stats["rounds"]),
+            f"{first / stats['median']:.2f}",
+            *(_round(row["extra_info"][rate]) if rate in row["extra_info"] else "" for rate in rates),
+        ]
+        lines.append(_line(cells))
+    return lines
+
+
+def _percentiles(seconds: list[float]) -> tuple[float, float]:
+    """The 20th and the 80th."""
+    if len(seconds) == 1:
+        return seconds[0], seconds[0]
+    fifths = statistics.quantiles(seconds, n=5, method="inclusive")
+    return fifths[0], fifths[-1]
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _milliseconds(seconds: float) -> str:
+    return _round(1000 * seconds)
+
+
+def _round(value: float) -> str:
+    """Three significant digits, without an exponent."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def main() -> None:
+    """Print the report of the file named on the command line."""
+    parser = argparse.ArgumentParser(description="A pytest-benchmark JSON file as Markdown.")
+    parser.add_argument("run", type=Path, help="what --benchmark-json wrote")
+    print(report(json.loads(parser.parse_args().run.read_text(encoding="utf-8"))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""The demo from data set to metrics, with models too small and runs too short to learn anything."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from dalle_fast import demo
+from dalle_fast.demo import run_demo
+from dalle_fast.training.presets import DVAE_PRESETS, PRIOR_PRESETS
+
+
+@pytest.fixture
+def tiny_shapes(monkeypatch):
+    dvae, prior = DVAE_PRESETS["shapes"], PRIOR_PRESETS["shapes"]
+    short = {"steps": 3, "batch_size": 4, "log_every": 1, "images_every": 0, "tensorboard": False}
+    tiny_dvae = dataclasses.replace(dvae.model, hidden=8, vocab_size=16, codebook_dim=4)
+    tiny_dalle = dataclasses.replace(prior.model, depth=2, width=16, heads=2)
+    monkeypatch.setitem(DVAE_PRESETS, "shapes", dataclasses.replace(dvae, model=tiny_dvae, **short))
+    monkeypatch.setitem(PRIOR_PRESETS, "shapes", dataclasses.replace(prior, model=tiny_dalle, **short))
+    monkeypatch.setattr(demo, "SHAPES_TRAIN", 24)
+    monkeypatch.setattr(demo, "SHAPES_HELDOUT", 6)
+
+
+def test_demo_writes_pictures_and_metrics_and_replaces_an_earlier_one(tmp_path, tiny_shapes):
+    out, lines = tmp_path / "demo", []
+    metrics = run_demo("shapes", out, echo=lines.append)
+    assert json.loads((out / "metrics.json").read_text()) == metrics
+    assert set(metrics["heldout_attributes"]) == {"count", "position", "form", "colour", "size", "background"}
+    assert 0 <= metrics["heldout_exact"] <= min(metrics["heldout_attributes"].values())
+    assert metrics["exact_of_drawings"] == 1
+    assert metrics["dvae_mse"] > 0 and metrics["dvae_codes_in_use"] >= 1
+    assert 0 < metrics["train_seconds"] < metrics["total_seconds"]
+    for picture in ("reconstructions.png", "samples.png", "curves.png"):
+        with Image.open(out / picture) as image:
+            assert min(image.size) > 50
+    assert any(line.startswith("heldout_exact") for line in lines)
+
+    again = run_demo("shapes", out, echo=lines.append)
+    assert again["dvae_mse"] == metrics["dvae_mse"]
+
+
+def test_demo_leaves_a_foreign_folder_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"^out must be new, empty or an earlier demo's folder, got "):
+        run_demo("shapes", tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
+
+
+def test_demo_needs_a_font_for_emoji(tmp_path):
+    with pytest.raises(ValueError, match=r"^the emoji demo needs a colour emoji font.*--font PATH"):
+        run_demo("emoji", tmp_path / "demo")
+
+
+def test_demo_refuses_unknown_data(tmp_path):
+    with pytest.raises(ValueError, match=r"^data must be shapes or emoji, got 'birds'$"):
+        run_demo("birds", tmp_path / "demo")
+
+
+def test_rank_counts_nearer_entries():
+    gallery = torch.tensor([[0.0], [1.0], [2.0]])
+    assert demo._rank(torch.tensor([[0.1], [0.1], [1.9]]), gallery, torch.tensor([0, 1, 0])).tolist() == [0, 1, 2]
