@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from dalle_fast.models.dvae import DVAEConfig
@@ -13,78 +14,63 @@ __all__ = ["DVAE_PRESETS", "PRIOR_PRESETS"]
 
 # A dVAE this small has few updates to learn in: squared error and larger initial codes and logits let it find edges
 # and use many codes within minutes, where the paper's choices take hundreds of thousands of updates.
-_SMALL_DVAE = {
-    "groups": 3,
-    "likelihood": "normal",
-    "log_scale": math.log(0.1),
-    "residual_gain": 0.3,
-    "codebook_std": 1.0,
-    "logit_gain": 2.0,
-}
+_SHAPES_DVAE = TrainDVAEConfig(
+    model=DVAEConfig(
+        image_size=32,
+        vocab_size=256,
+        hidden=32,
+        codebook_dim=32,
+        groups=3,
+        likelihood="normal",
+        log_scale=math.log(0.1),
+        residual_gain=0.3,
+        codebook_std=1.0,
+        logit_gain=2.0,
+    ),
+    steps=3300,
+    batch_size=8,
+    learning_rate=6e-3,
+    final_learning_rate=1e-4,
+    learning_rate_steps=3280,
+    warmup_steps=20,
+    tau_steps=2900,
+    kl_weight=1.0,
+    kl_steps=400,
+    beta2=0.99,
+    grad_clip=1.0,
+    ema_decay=0.99,
+    num_workers=0,
+)
+
+_SHAPES_PRIOR = TrainConfig(
+    # Each word of these captions is one token, 21 at most, so there is nothing for BPE dropout to split.
+    model=DalleConfig(text_vocab_size=400, text_len=22, depth=4, width=128, heads=4, init_scale=0.5),
+    bpe_dropout=0.0,
+    steps=4000,
+    batch_size=8,
+    learning_rate=2e-3,
+    warmup_steps=100,
+    decay="cosine",
+    final_learning_rate=2e-5,
+    grad_clip=1.0,
+    ema_every=1,
+    num_workers=0,
+)
 
 DVAE_PRESETS = {
     "paper": TrainDVAEConfig(),
-    "shapes": TrainDVAEConfig(
-        model=DVAEConfig(image_size=32, vocab_size=256, hidden=32, codebook_dim=32, **_SMALL_DVAE),
-        steps=3300,
-        batch_size=8,
-        learning_rate=6e-3,
-        final_learning_rate=1e-4,
-        learning_rate_steps=3280,
-        warmup_steps=20,
-        tau_steps=2900,
-        kl_weight=1.0,
-        kl_steps=400,
-        beta2=0.99,
-        grad_clip=1.0,
-        ema_decay=0.99,
-        num_workers=0,
-    ),
-    "emoji": TrainDVAEConfig(
-        model=DVAEConfig(image_size=32, vocab_size=512, hidden=32, codebook_dim=64, **_SMALL_DVAE),
-        steps=4000,
-        batch_size=8,
-        learning_rate=5e-3,
-        final_learning_rate=1e-4,
-        learning_rate_steps=3980,
-        warmup_steps=20,
-        tau_steps=3500,
+    "shapes": _SHAPES_DVAE,
+    "emoji": dataclasses.replace(
+        _SHAPES_DVAE,
+        model=dataclasses.replace(_SHAPES_DVAE.model, vocab_size=512, codebook_dim=64),
         kl_weight=0.5,
-        kl_steps=400,
-        beta2=0.99,
-        grad_clip=1.0,
-        ema_decay=0.99,
-        num_workers=0,
     ),
 }
 
 PRIOR_PRESETS = {
     "paper": TrainConfig(),
-    "shapes": TrainConfig(
-        # Each word of these captions is one token, 21 at most, so there is nothing for BPE dropout to split.
-        model=DalleConfig(text_vocab_size=400, text_len=22, depth=4, width=128, heads=4, init_scale=0.5),
-        bpe_dropout=0.0,
-        steps=4000,
-        batch_size=8,
-        learning_rate=2e-3,
-        warmup_steps=100,
-        decay="cosine",
-        final_learning_rate=2e-5,
-        grad_clip=1.0,
-        ema_every=1,
-        num_workers=0,
-    ),
-    "emoji": TrainConfig(
-        model=DalleConfig(text_vocab_size=1500, text_len=24, depth=4, width=128, heads=4, init_scale=0.5),
-        bpe_dropout=0.0,
-        steps=4000,
-        batch_size=8,
-        learning_rate=2e-3,
-        warmup_steps=100,
-        decay="cosine",
-        final_learning_rate=2e-5,
-        grad_clip=1.0,
-        ema_every=1,
-        num_workers=0,
+    "shapes": _SHAPES_PRIOR,
+    "emoji": dataclasses.replace(
+        _SHAPES_PRIOR, model=dataclasses.replace(_SHAPES_PRIOR.model, text_vocab_size=1500, text_len=24)
     ),
 }
