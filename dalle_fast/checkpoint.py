@@ -235,7 +235,11 @@ def load_training_state(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     if not (path / _TRAINING_VALUES).exists():
         raise CheckpointError(f"checkpoint {path} cannot be resumed: it has no {_TRAINING_VALUES}")
-    return _decode(_read_json(path / _TRAINING_VALUES), _read_safetensors(path / _TRAINING_TENSORS))
+    values, tensors = _read_json(path / _TRAINING_VALUES), _read_safetensors(path / _TRAINING_TENSORS)
+    try:
+        return _decode(values, tensors)
+    except KeyError as error:
+        raise CheckpointError(f"checkpoint {path}: {_TRAINING_TENSORS} lacks tensor {error.args[0]}") from error
 
 
 def load_model_state(module: nn.Module, state: dict[str, Tensor], source: str | Path) -> None:

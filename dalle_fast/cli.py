@@ -183,20 +183,30 @@ def _add_sample(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--top-k", type=int, help="draw among the k likeliest codes")
     parser.add_argument("--top-p", type=float, help="draw among the likeliest codes of this total probability")
     parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("--strict", action="store_true", help="refuse a caption that is too long instead of cutting it")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.set_defaults(run=_sample)
 
 
 def _sample(args: argparse.Namespace) -> None:
     import torch
+    from PIL import Image
     from tqdm import tqdm
 
     from dalle_fast.data.images import image_grid, to_image
     from dalle_fast.pipeline import Pipeline
     from dalle_fast.training.loop import choose_device
 
+    if args.out.suffix.lower() not in Image.registered_extensions():
+        raise ValueError(f"--out must end in the suffix of an image format, got {args.out}")
     device = choose_device(args.device)
     pipeline = Pipeline.from_pretrained(args.checkpoint, device=device)
+    limit = pipeline.dalle.config.caption_len
+    if args.caption.strip() and (length := len(pipeline.tokenizer.encode(args.caption))) > limit:
+        message = f"the caption has {length} tokens, and this model reads {limit}"
+        if args.strict:
+            raise ValueError(message)
+        print(f"warning: {message}; the rest is cut", file=sys.stderr)
     with tqdm(total=args.num_images * pipeline.dalle.config.image_len, unit="token", disable=None) as bar:
         result = pipeline.generate(
             args.caption,

@@ -63,6 +63,10 @@ def run_demo(data: str, out: Path, *, font: Path | None = None, echo: Callable[[
             "the emoji demo needs a colour emoji font, for example from Debian's fonts-noto-color-emoji: --font PATH"
         )
     _require_matplotlib()
+    if data == "emoji":
+        from dalle_fast.data.emoji import emoji_names, load_font
+
+        load_font(font), emoji_names()  # before an earlier demo is deleted
     _empty_folder(out)
     began = time.perf_counter()
 
@@ -132,7 +136,7 @@ def _require_matplotlib() -> None:
 
 
 def _empty_folder(out: Path) -> None:
-    if out.exists() and any(out.iterdir()):
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not (out / _MARK).exists():
             raise ValueError(f"out must be new, empty or an earlier demo's folder, got {out}")
         shutil.rmtree(out)
@@ -200,9 +204,9 @@ def _judge_emoji(
 
 
 def _rank(pictures: Tensor, gallery: Tensor, own: Tensor) -> Tensor:
-    """How many of the gallery (G, values) lie nearer to each picture (N, values) than its own entry does."""
+    """How many of the gallery (G, values) lie nearer to each picture (N, values) than its own entry; NaN is far."""
     distances = torch.cdist(pictures, gallery)
-    return (distances < distances.gather(1, own[:, None])).sum(1)
+    return (~(distances >= distances.gather(1, own[:, None]))).sum(1)
 
 
 def _table(metrics: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ All samples of one prompt share its text keys and values.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -18,9 +19,9 @@ __all__ = ["check_sampling", "draw_token", "filter_logits", "sample_tokens"]
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float | None) -> None:
-    """Raise ValueError for settings that mean nothing: temperature < 0, top_k < 1, top_p outside (0, 1]."""
-    if not temperature >= 0:
-        raise ValueError(f"temperature must be >= 0, got {temperature}")
+    """Raise ValueError for settings that mean nothing: temperature < 0 or infinite, top_k < 1, top_p outside (0, 1]."""
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k must be >= 1, got {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
@@ -54,11 +55,11 @@ def draw_token(
     top_p: float | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """One code a row, (B,) int64, from scores (B, K); temperature 0 takes the arg-max."""
-    if temperature == 0:
+    """One code a row, (B,) int64, from scores (B, K); a temperature of 0, or below 1e-38, takes the arg-max."""
+    if temperature < torch.finfo(torch.float32).tiny:
         return logits.argmax(dim=-1)
     scores = logits.float()
-    scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature  # at most 0, however small the temperature
+    scores = (scores - scores.amax(dim=-1, keepdim=True)) / temperature  # at most 0, so that none overflows
     kept = filter_logits(scores, top_k=top_k, top_p=top_p)
     return torch.multinomial(kept.softmax(dim=-1), 1, generator=generator).squeeze(-1)
 

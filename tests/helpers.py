@@ -1,5 +1,7 @@
 """What several tests share: patterns to run over, the error budget of an op against float64, tiny models."""
 
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -86,3 +88,11 @@ def random_captions(config: DalleConfig, lengths: list[int]) -> Tensor:
 def random_image_tokens(config: DalleConfig, count: int) -> Tensor:
     """Tokens of whole images, (count, image_len)."""
     return torch.randint(config.image_vocab_size, (count, config.image_len))
+
+
+FONT_PATHS = [
+    Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"),
+    Path("/usr/share/fonts/noto/NotoColorEmoji.ttf"),
+    Path("/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf"),
+]
+FONT_PATH = next((path for path in FONT_PATHS if path.is_file()), None)

@@ -143,14 +143,14 @@ def test_everything_is_on_disk_before_the_rename_and_the_rename_after_it(tmp_pat
 
 @pytest.fixture
 def full_disk(request, monkeypatch):
-    """The disk fills up in the given function, after its first `after` calls."""
-    owner, name, after = request.param
+    """The disk fills up, or may no longer be written to, in the given function, after its first `after` calls."""
+    owner, name, after, code = request.param
     function, calls = getattr(owner, name), []
 
     def fail(*args, **kwargs):
         calls.append(args)
         if len(calls) > after:
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise OSError(code, os.strerror(code))
         return function(*args, **kwargs)
 
     return lambda: monkeypatch.setattr(owner, name, fail)
@@ -159,25 +159,29 @@ def full_disk(request, monkeypatch):
 @pytest.mark.parametrize(
     "full_disk",
     [
-        (os, "fsync", 0),
-        (os, "fsync", 2),
-        (checkpoint, "save_file", 0),
-        (checkpoint, "save_file", 1),
-        (Path, "mkdir", 1),
-        (Path, "write_text", 0),
-        (os, "rename", 0),
+        (os, "fsync", 0, errno.ENOSPC),
+        (os, "fsync", 2, errno.ENOSPC),
+        (checkpoint, "save_file", 0, errno.ENOSPC),
+        (checkpoint, "save_file", 1, errno.ENOSPC),
+        (Path, "mkdir", 1, errno.ENOSPC),
+        (Path, "write_text", 0, errno.ENOSPC),
+        (os, "rename", 0, errno.ENOSPC),
+        (Path, "mkdir", 1, errno.EACCES),
+        (Path, "mkdir", 1, errno.EROFS),
+        (os, "rename", 0, errno.EACCES),
     ],
     indirect=True,
-    ids=lambda value: f"{value[1]}-{value[2]}",
+    ids=lambda value: f"{value[1]}-{value[2]}-{errno.errorcode[value[3]]}",
 )
-def test_full_disk_leaves_the_old_checkpoint(tmp_path, full_disk):
+def test_full_or_unwritable_disk_leaves_the_old_checkpoint(request, tmp_path, full_disk):
     for step in (1, 2):
         save(tmp_path, step)
     full_disk()
     with pytest.raises(CheckpointError) as raised:
         save(tmp_path, 3)
+    cause = os.strerror(request.node.callspec.params["full_disk"][3])
     assert str(raised.value) == (
-        f"cannot write checkpoint {tmp_path / 'step-0000003'}: No space left on device; earlier checkpoints are kept"
+        f"cannot write checkpoint {tmp_path / 'step-0000003'}: {cause}; earlier checkpoints are kept"
     )
     assert names(tmp_path) == ["step-0000001", "step-0000002"]
     assert value_of(latest_checkpoint(tmp_path)) == 2

@@ -241,12 +241,12 @@ def test_a_saved_pipeline_cannot_be_resumed(folder, tmp_path, capsys):
     [
         (["--top-p", "0"], "top_p must be in (0, 1], got 0.0"),
         (["--top-k", "0"], "top_k must be >= 1, got 0"),
-        (["--temperature", "-1"], "temperature must be >= 0, got -1.0"),
+        (["--temperature", "-1"], "temperature must be finite and >= 0, got -1.0"),
         (["-n", "0"], "num_images must be >= 1, got 0"),
     ],
 )
 def test_sampling_errors(folder, tmp_path, capsys, options, message):
-    assert error_of(capsys, "sample", folder / "dalle", CAPTION, "-o", tmp_path / "out.png", *options) == message
+    assert error_of(capsys, "sample", folder / "dalle", "a circle", "-o", tmp_path / "out.png", *options) == message
     assert not (tmp_path / "out.png").exists()
 
 
@@ -334,3 +334,15 @@ def test_only_what_can_be_expected_is_caught(tmp_path, monkeypatch):
     monkeypatch.setattr("dalle_fast.data.shapes.write_shapes", fault)
     with pytest.raises(AssertionError, match=re.escape("a bug")):
         run("data", "shapes", tmp_path / "out")
+
+
+def test_a_caption_that_is_too_long(folder, tmp_path, capsys):
+    words = ["sample", folder / "dalle", CAPTION * 9, "-n", 1, "-o", tmp_path / "out.png"]
+    assert re.fullmatch(r"the caption has \d+ tokens, and this model reads \d+", error_of(capsys, *words, "--strict"))
+    assert run(*words) == 0
+    assert re.search(r"^warning: the caption has \d+ tokens.*; the rest is cut$", capsys.readouterr().err, re.M)
+
+
+def test_an_image_format_that_cannot_be_written(folder, tmp_path, capsys):
+    message = error_of(capsys, "sample", folder / "dalle", CAPTION, "-o", tmp_path / "out.xyz")
+    assert message == f"--out must end in the suffix of an image format, got {tmp_path / 'out.xyz'}"

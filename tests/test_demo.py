@@ -5,9 +5,11 @@ import json
 
 import pytest
 import torch
+from helpers import FONT_PATH
 from PIL import Image
 
 from dalle_fast import demo
+from dalle_fast.data import emoji
 from dalle_fast.demo import run_demo
 from dalle_fast.training.presets import DVAE_PRESETS, PRIOR_PRESETS
 
@@ -62,3 +64,34 @@ def test_demo_refuses_unknown_data(tmp_path):
 def test_rank_counts_nearer_entries():
     gallery = torch.tensor([[0.0], [1.0], [2.0]])
     assert demo._rank(torch.tensor([[0.1], [0.1], [1.9]]), gallery, torch.tensor([0, 1, 0])).tolist() == [0, 1, 2]
+    assert demo._rank(torch.full((1, 1), torch.nan), gallery, torch.tensor([0])).tolist() == [3]
+
+
+def test_demo_refuses_a_file(tmp_path):
+    (tmp_path / "demo").write_text("mine")
+    with pytest.raises(ValueError, match=r"^out must be new, empty or an earlier demo's folder, got "):
+        run_demo("shapes", tmp_path / "demo")
+
+
+def test_demo_of_emoji_without_the_font_keeps_an_earlier_demo(tmp_path):
+    (tmp_path / ".dalle-fast-demo").touch()
+    (tmp_path / "metrics.json").write_text("{}")
+    with pytest.raises(ValueError, match="fonts-noto-color-emoji"):
+        run_demo("emoji", tmp_path, font=tmp_path / "none.ttf")
+    assert (tmp_path / "metrics.json").exists()
+
+
+@pytest.mark.skipif(FONT_PATH is None, reason="Noto Color Emoji is not installed here")
+def test_demo_of_emoji(tmp_path, tiny_shapes, monkeypatch):
+    monkeypatch.setitem(DVAE_PRESETS, "emoji", DVAE_PRESETS["shapes"])
+    prior = PRIOR_PRESETS["shapes"]
+    monkeypatch.setitem(PRIOR_PRESETS, "emoji", prior)
+    names = emoji.emoji_names()
+    few = dict(list(names.items())[::40])
+    people = {text: name for text, name in names.items() if "firefighter" in name or "artist" in name}
+    monkeypatch.setattr(emoji, "emoji_names", lambda: few | people)
+    metrics = run_demo("emoji", tmp_path / "demo", font=FONT_PATH, echo=lambda line: None)
+    assert metrics["gallery"] > metrics["heldout_captions"] >= 1
+    assert 0 <= metrics["retrieval_top1"] <= metrics["retrieval_top5"] <= 1
+    assert 1 <= metrics["retrieval_median_rank"] <= metrics["gallery"]
+    assert metrics["retrieval_by_chance"] == 1 / metrics["gallery"]

@@ -4,21 +4,14 @@ import itertools
 import json
 import sys
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import FONT_PATH
 from PIL import Image, ImageFont, features
 
 from dalle_fast.data import emoji
 from dalle_fast.data.emoji import Composition, choose_heldout, file_stems, split_name, write_emoji
-
-FONT_PATHS = [
-    Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"),
-    Path("/usr/share/fonts/noto/NotoColorEmoji.ttf"),
-    Path("/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf"),
-]
-FONT_PATH = next((path for path in FONT_PATHS if path.is_file()), None)
 
 needs_raqm = pytest.mark.skipif(not features.check("raqm"), reason="Pillow has no raqm here")
 needs_font = pytest.mark.skipif(FONT_PATH is None, reason="Noto Color Emoji is not installed here")

@@ -194,7 +194,7 @@ def test_parts_that_do_not_match(tokenizer, dvae, dalle, message):
         (["a red square", " \n"], {}, r"prompt must not be empty, got ' \n'"),
         ("a", {"num_images": 0}, "num_images must be >= 1, got 0"),
         ("a", {"batch_size": 0}, "batch_size must be >= 1, got 0"),
-        ("a", {"temperature": -1.0}, "temperature must be >= 0, got -1.0"),
+        ("a", {"temperature": -1.0}, "temperature must be finite and >= 0, got -1.0"),
         ("a", {"top_k": 0}, "top_k must be >= 1, got 0"),
         ("a", {"top_p": 0.0}, "top_p must be in (0, 1], got 0.0"),
     ],

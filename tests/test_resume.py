@@ -2,15 +2,17 @@
 
 import dataclasses
 import errno
+import json
 import re
 import signal
 import threading
 
 import pytest
-from training_runs import DVAE_CONFIG, PRIOR_CONFIG, assert_same, assert_same_checkpoint, call_at, losses
+from safetensors.torch import load_file, save_file
+from training_runs import DVAE_CONFIG, PRIOR_CONFIG, Run, assert_same, assert_same_checkpoint, call_at, losses
 
 from dalle_fast import checkpoint
-from dalle_fast.checkpoint import CheckpointError, latest_checkpoint, load_config
+from dalle_fast.checkpoint import CheckpointError, latest_checkpoint, load_config, load_training_state
 from dalle_fast.data.tokenizer import Tokenizer
 from dalle_fast.models.transformer import Dalle
 from dalle_fast.pipeline import Pipeline, load_dvae
@@ -192,3 +194,53 @@ def test_resuming_needs_no_dvae_but_the_checkpoint(drawings, dvae_run, tmp_path)
     model = dataclasses.replace(PRIOR_CONFIG.model, text_vocab_size=vocabulary)
     config = dataclasses.replace(PRIOR_CONFIG, steps=2, model=model)
     assert train_prior(drawings, tmp_path, None, config, resume=True).name == "step-0000002"
+
+
+def test_flags_given_on_resume_go_over_the_optimiser(start, tmp_path):
+    start(tmp_path, steps=2)
+    last = start(tmp_path, resume=True, steps=3, weight_decay=0.5, beta2=0.6)
+    groups = load_training_state(last)["optimizer"]["param_groups"]
+    assert groups[0]["weight_decay"] == 0.5
+    assert all(group["betas"][1] == 0.6 for group in groups)
+
+
+def test_resuming_with_other_decayed_parameters(drawings, dvae_run, tmp_path):
+    start = Run("dalle", drawings, dvae_run)
+    start(tmp_path, steps=2)
+    with pytest.raises(ValueError, match=r"^decayed of checkpoint .* is 'matrices', expected 'all'$"):
+        start(tmp_path, resume=True, steps=3, decayed="all")
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_checkpoint_is_no_run_directory(start, tmp_path, resume):
+    last = start(tmp_path, steps=2)
+    with pytest.raises(CheckpointError, match=re.escape(f"{last} is a checkpoint; name the folder of its run")):
+        start(last, resume=resume, steps=3)
+
+
+@pytest.mark.parametrize("field", ["step", "optimizer", "loader", "rng"])
+def test_training_state_without_a_field(start, tmp_path, field):
+    path = start(tmp_path, steps=2) / "training.json"
+    state = json.loads(path.read_text())
+    del state[field]
+    path.write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match=f"the training state lacks the field {field}$"):
+        start(tmp_path, resume=True, steps=3)
+
+
+def test_training_state_without_a_tensor(start, tmp_path):
+    last = start(tmp_path, steps=2)
+    tensors = load_file(last / "training.safetensors")
+    name = sorted(tensors)[0]
+    save_file({other: tensors[other] for other in tensors if other != name}, last / "training.safetensors")
+    with pytest.raises(CheckpointError, match=f"training.safetensors lacks tensor {re.escape(name)}$"):
+        start(tmp_path, resume=True, steps=3)
+
+
+def test_average_without_a_tensor(start, tmp_path):
+    last = start(tmp_path, steps=2)
+    average = load_file(last / "ema.safetensors")
+    name = sorted(average)[0]
+    save_file({other: average[other] for other in average if other != name}, last / "ema.safetensors")
+    with pytest.raises(CheckpointError, match=f"ema.safetensors lacks tensor {re.escape(name)}"):
+        start(tmp_path, resume=True, steps=3)

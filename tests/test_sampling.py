@@ -144,8 +144,9 @@ def test_frequencies_of_the_draw(options, weights):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ((-0.1, None, None), "temperature must be >= 0, got -0.1"),
-        ((math.nan, None, None), "temperature must be >= 0, got nan"),
+        ((-0.1, None, None), "temperature must be finite and >= 0, got -0.1"),
+        ((math.nan, None, None), "temperature must be finite and >= 0, got nan"),
+        ((math.inf, None, None), "temperature must be finite and >= 0, got inf"),
         ((1.0, 0, None), "top_k must be >= 1, got 0"),
         ((1.0, None, 0.0), "top_p must be in (0, 1], got 0.0"),
         ((1.0, None, 1.5), "top_p must be in (0, 1], got 1.5"),
@@ -175,4 +176,5 @@ def test_num_images_out_of_range():
 
 def test_a_tiny_temperature_is_arg_max():
     logits = torch.randn(64, 9)
-    assert torch.equal(draw_token(logits, temperature=1e-38), logits.argmax(dim=-1))
+    for temperature in (1e-30, 1e-38, 1e-60):
+        assert torch.equal(draw_token(logits, temperature=temperature), logits.argmax(dim=-1))

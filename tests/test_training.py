@@ -362,3 +362,12 @@ def test_missing_gpu():
     with pytest.raises(RuntimeError, match="device cuda was asked for, but PyTorch sees no GPU here; use --device cpu"):
         choose_device("cuda")
     assert choose_device("auto").type == "cpu"
+
+
+def test_the_first_skipped_sample_of_each_kind_is_shown(start, tmp_path, drawings, capsys):
+    shutil.copytree(drawings, tmp_path / "data")
+    start._data = tmp_path / "data"
+    (tmp_path / "data" / "000003.txt").unlink()
+    start(tmp_path / "out", steps=6, max_bad_share=0.5)
+    shown = [line for line in capsys.readouterr().err.splitlines() if "skipped" in line]
+    assert shown == ["warning: samples are skipped: missing caption, for example 000003"]

@@ -341,6 +341,7 @@ class Loader:
 
     Attributes:
         bad: number of bad samples by reason, so far.
+        bad_examples: key of the first bad sample of each reason.
 
     Raises:
         ValueError: an argument out of range; while iterating, a data set without a single batch.
@@ -373,7 +374,7 @@ class Loader:
         if not 0 <= max_bad_share <= 1:
             raise ValueError(f"max_bad_share must be in [0, 1], got {max_bad_share}")
         self.bad: dict[str, int] = {}
-        self._examples: dict[str, str] = {}
+        self.bad_examples: dict[str, str] = {}
         self._epoch = self._index = self._seen = 0
         self._state = self._snapshot()
 
@@ -391,7 +392,7 @@ class Loader:
         if missing:
             raise ValueError(f"state must have the field {min(missing)}, got {', '.join(sorted(state))}")
         self._epoch, self._index, self._seen = state["epoch"], state["index"], state["seen"]
-        self.bad, self._examples = dict(state["bad"]), dict(state["examples"])
+        self.bad, self.bad_examples = dict(state["bad"]), dict(state["examples"])
         self._state = self._snapshot()
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -410,7 +411,7 @@ class Loader:
             self._seen += 1
             if isinstance(result, BadSample):
                 self.bad[result.reason] = self.bad.get(result.reason, 0) + 1
-                self._examples.setdefault(result.reason, result.key)
+                self.bad_examples.setdefault(result.reason, result.key)
             else:
                 batch.append(result)
                 usable += 1
@@ -470,7 +471,7 @@ class Loader:
             reason = max(self.bad, key=self.bad.__getitem__)
             raise TooManyBadSamples(
                 f"at most {100 * self.max_bad_share:g}% of samples may be bad, got {count} of {self._seen}; "
-                f"most often {reason} ({self.bad[reason]}, for example {self._examples[reason]})"
+                f"most often {reason} ({self.bad[reason]}, for example {self.bad_examples[reason]})"
             )
 
     def _snapshot(self) -> dict[str, Any]:
@@ -479,7 +480,7 @@ class Loader:
             "index": self._index,
             "seen": self._seen,
             "bad": dict(self.bad),
-            "examples": dict(self._examples),
+            "examples": dict(self.bad_examples),
         }
 
 

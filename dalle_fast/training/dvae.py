@@ -53,7 +53,7 @@ class TrainDVAEConfig(RunConfig):
         for name in ("learning_rate_steps", "tau_steps", "kl_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be >= 1, got {getattr(self, name)}")
-        check_update_rule(self.learning_rate, self.grad_clip, self.ema_decay)
+        check_update_rule(self)
 
 
 def train_dvae(data: str | Path, out: Path, config: TrainDVAEConfig, *, resume: bool = False) -> Path:

@@ -66,14 +66,17 @@ class RunConfig:
             raise ValueError(f"images_every must be >= 0, got {self.images_every}")
 
 
-def check_update_rule(learning_rate: float, grad_clip: float | None, ema_decay: float) -> None:
-    """Raise ValueError for what both models' updates share, where it is out of range."""
-    if not learning_rate > 0:
-        raise ValueError(f"learning_rate must be > 0, got {learning_rate}")
-    if grad_clip is not None and not grad_clip > 0:
-        raise ValueError(f"grad_clip must be > 0 or none, got {grad_clip}")
-    if not 0 <= ema_decay < 1:
-        raise ValueError(f"ema_decay must be in [0, 1), got {ema_decay}")
+def check_update_rule(config: Any) -> None:
+    """Raise ValueError for what the updates of both models are told, where it is out of range."""
+    if not config.learning_rate > 0:
+        raise ValueError(f"learning_rate must be > 0, got {config.learning_rate}")
+    for name in ("final_learning_rate", "warmup_steps", "weight_decay"):
+        if not getattr(config, name) >= 0:
+            raise ValueError(f"{name} must be >= 0, got {getattr(config, name)}")
+    if config.grad_clip is not None and not config.grad_clip > 0:
+        raise ValueError(f"grad_clip must be > 0 or none, got {config.grad_clip}")
+    if not 0 <= config.ema_decay < 1:
+        raise ValueError(f"ema_decay must be in [0, 1), got {config.ema_decay}")
 
 
 class Outcome(NamedTuple):
@@ -133,8 +136,11 @@ def resume_point(out: Path, resume: bool) -> Path | None:
     """The checkpoint to go on from, or None to start.
 
     Raises:
-        CheckpointError: ``resume`` is set and there is no checkpoint, or it is not and there is one.
+        CheckpointError: ``resume`` is set and there is no checkpoint, or it is not and there is one, or ``out`` is
+            itself a checkpoint.
     """
+    if (Path(out) / "config.json").exists():
+        raise CheckpointError(f"{out} is a checkpoint; name the folder of its run")
     if resume:
         return latest_checkpoint(out)
     if any(Path(out).glob("step-*")):
@@ -177,7 +183,7 @@ def train(
         description=description,
     )
     with log, _interrupt_held() as interrupted:
-        batches = iter(task.loader)
+        batches, warned = iter(task.loader), set()
         while state.step < run.steps:
             outcome = state.update(next(batches))
             step, last, stop = state.step, state.step == run.steps, interrupted.is_set()
@@ -185,6 +191,9 @@ def train(
                 state.check_finite(outcome.loss)
                 speed = clock.steps_per_s(step) * run.batch_size
                 log.log(step - 1, **state.scalars(outcome), samples_per_s=speed)
+                for reason in task.loader.bad.keys() - warned:
+                    log.warn(f"samples are skipped: {reason}, for example {task.loader.bad_examples[reason]}")
+                    warned.add(reason)
             with clock.paused():
                 if task.preview and run.images_every and (step % run.images_every == 0 or last):
                     for name, images in state.preview().items():
@@ -307,10 +316,17 @@ class _State:
         load_model_state(task.model, load_weights(path, ema=False), path)
         if self.average is not None:
             average = load_weights(path, ema=True)
-            self.average = {name: average[name].to(self.device) for name in self.average}
+            for name, own in self.average.items():
+                if name not in average or average[name].shape != own.shape:
+                    raise CheckpointError(
+                        f"checkpoint {path}: ema.safetensors lacks tensor {name} in the model's shape"
+                    )
+                own.copy_(average[name])
         saved = load_training_state(path)
-        task.optimizer.load_state_dict(saved["optimizer"])
-        _match_layouts(task.optimizer)
+        for name in ("step", "optimizer", "loader", "plateau", "rng", "cuda_rng"):
+            if name not in saved:
+                raise CheckpointError(f"checkpoint {path}: the training state lacks the field {name}")
+        _load_moments(task.optimizer, saved["optimizer"])
         task.loader.load_state_dict(saved["loader"])
         if task.plateau is not None and saved["plateau"] is not None:
             task.plateau.load_state_dict(saved["plateau"])
@@ -320,8 +336,15 @@ class _State:
         self.step, self.checkpoint = saved["step"], path
 
 
-def _match_layouts(optimizer: torch.optim.Optimizer) -> None:
-    """Give each parameter's moments its memory layout, which files do not keep and fused updates rely on."""
+def _load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load an optimiser's moments, but keep the rules of its update (decay rates, ...), which may be new ones.
+
+    Each moment gets its parameter's memory layout, which files do not keep and fused updates rely on.
+    """
+    rules = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, rule in zip(optimizer.param_groups, rules, strict=True):
+        group.update(rule)
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:

@@ -43,7 +43,8 @@ _SHAPES_DVAE = TrainDVAEConfig(
 )
 
 _SHAPES_PRIOR = TrainConfig(
-    # Each word of these captions is one token, 21 at most, so there is nothing for BPE dropout to split.
+    # Each word is one token, 21 a caption at most. BPE dropout would split words in more ways than so short a run can
+    # learn to read.
     model=DalleConfig(text_vocab_size=400, text_len=22, depth=4, width=128, heads=4, init_scale=0.5),
     bpe_dropout=0.0,
     steps=4000,

@@ -18,7 +18,7 @@ from dalle_fast.checkpoint import check_match, load_config
 from dalle_fast.config import to_dict
 from dalle_fast.data.images import augment_for_transformer, decode_image, to_tensor
 from dalle_fast.data.sources import Loader, Sample, open_source
-from dalle_fast.data.tokenizer import Tokenizer
+from dalle_fast.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 from dalle_fast.models.dvae import DVAE
 from dalle_fast.models.transformer import Dalle, DalleConfig
 from dalle_fast.pipeline import Pipeline, check_parts_match, dalle_checkpoint_config, load_dvae, save_dvae
@@ -58,7 +58,7 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_update_rule(self.learning_rate, self.grad_clip, self.ema_decay)
+        check_update_rule(self)
         if self.ema_every < 1:
             raise ValueError(f"ema_every must be >= 1, got {self.ema_every}")
         if not 0 <= self.bpe_dropout <= 1:
@@ -87,6 +87,11 @@ def train_prior(
     source = open_source(data)
     if resume_from is None:
         dvae = load_dvae(dvae_path)
+        if config.model.text_vocab_size < MIN_VOCAB_SIZE:
+            raise ValueError(
+                f"text_vocab_size must be >= {MIN_VOCAB_SIZE} (256 bytes and the pad token), "
+                f"got {config.model.text_vocab_size}"
+            )
         captions = list(source.captions())
         if not captions:
             raise ValueError(f"data must hold at least one usable caption, got none in {source.path}")
@@ -99,6 +104,7 @@ def train_prior(
         saved = load_config(resume_from, "dalle")
         for name, value in to_dict(model_config).items():
             check_match(name, saved["model"].get(name), value, resume_from)
+        check_match("decayed", saved.get("train", {}).get("decayed"), config.decayed, resume_from)
         check_match("tokenizer_sha256", saved.get("tokenizer_sha256"), tokenizer.sha256, resume_from)
     check_parts_match(dvae.config, model_config, tokenizer)
 
@@ -124,11 +130,14 @@ def train_prior(
         max_bad_share=config.max_bad_share,
     )
 
+    cut_captions = torch.zeros((), dtype=torch.int64, device=device)  # since this process began
+
     def forward(batch: tuple[Tensor, ...], step: int) -> Outcome:
         images, text, cut = batch
+        cut_captions.add_(cut.sum())
         tokens = dvae.encode(images.contiguous(memory_format=torch.channels_last)).flatten(1)
         loss = model.loss(text, tokens)
-        return Outcome(loss.total, {"text_loss": loss.text, "image_loss": loss.image, "cut_captions": cut.sum()})
+        return Outcome(loss.total, {"text_loss": loss.text, "image_loss": loss.image, "cut_captions": cut_captions})
 
     def learning_rate(step: int) -> float:
         if config.decay == "cosine":
