@@ -7,7 +7,6 @@ The number of threads is the caller's; it is recorded with the rest of the machi
 into Markdown.
 """
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -19,7 +18,7 @@ import dalle_fast
 from dalle_fast.ops.backends import available
 from dalle_fast.training.dvae import TrainDVAEConfig
 from dalle_fast.training.presets import DVAE_PRESETS, PRIOR_PRESETS
-from dalle_fast.training.prior import TrainConfig
+from dalle_fast.training.prior import TrainConfig, fit_to_dvae
 
 PRESET = "shapes"
 
@@ -65,9 +64,7 @@ def dvae_preset() -> TrainDVAEConfig:
 @pytest.fixture
 def prior_preset(dvae_preset: TrainDVAEConfig) -> TrainConfig:
     """The preset of the transformer, its image side as the dVAE has it."""
-    preset, dvae = PRIOR_PRESETS[PRESET], dvae_preset.model
-    model = dataclasses.replace(preset.model, image_vocab_size=dvae.vocab_size, grid=(dvae.grid, dvae.grid))
-    return dataclasses.replace(preset, model=model)
+    return fit_to_dvae(PRIOR_PRESETS[PRESET], dvae_preset.model)
 
 
 @pytest.fixture

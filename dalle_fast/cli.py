@@ -128,23 +128,18 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
 
 
 def _train(args: argparse.Namespace) -> None:
-    import dataclasses
-
     from dalle_fast.config import from_arguments
     from dalle_fast.pipeline import load_dvae_config
     from dalle_fast.training.presets import PRIOR_PRESETS
-    from dalle_fast.training.prior import TrainConfig, train_prior
+    from dalle_fast.training.prior import TrainConfig, fit_to_dvae, train_prior
 
     if args.resume:
         defaults = _saved_config(args.out, TrainConfig, "dalle")
     else:
         if args.dvae is None:
             raise ValueError("--dvae must name the run or checkpoint of a dVAE, got none")
-        dvae = load_dvae_config(args.dvae)
-        preset = PRIOR_PRESETS[args.preset]
         # The image side follows from the dVAE; a flag that says otherwise is refused later, by name.
-        model = dataclasses.replace(preset.model, image_vocab_size=dvae.vocab_size, grid=(dvae.grid, dvae.grid))
-        defaults = dataclasses.replace(preset, model=model)
+        defaults = fit_to_dvae(PRIOR_PRESETS[args.preset], load_dvae_config(args.dvae))
     config = from_arguments(TrainConfig, args, defaults=defaults)
     print(train_prior(args.data, args.out, args.dvae, config, resume=args.resume))
 

@@ -31,7 +31,7 @@ from dalle_fast.pipeline import Pipeline
 from dalle_fast.training.dvae import train_dvae
 from dalle_fast.training.log import read_log
 from dalle_fast.training.presets import DVAE_PRESETS, PRIOR_PRESETS
-from dalle_fast.training.prior import train_prior
+from dalle_fast.training.prior import fit_to_dvae, train_prior
 
 __all__ = ["run_demo"]
 
@@ -83,7 +83,8 @@ def run_demo(data: str, out: Path, *, font: Path | None = None, echo: Callable[[
     train_dvae(out / "data" / "train", out / "dvae", DVAE_PRESETS[data])
     dvae_done = time.perf_counter()
     echo("3/4  training the transformer: captions to tokens")
-    train_prior(out / "data" / "train", out / "dalle", out / "dvae", _prior_config(data))
+    prior = fit_to_dvae(PRIOR_PRESETS[data], DVAE_PRESETS[data].model)
+    train_prior(out / "data" / "train", out / "dalle", out / "dvae", prior)
     training_done = time.perf_counter()
 
     echo("4/4  sampling captions that were never trained on")
@@ -116,15 +117,6 @@ def run_demo(data: str, out: Path, *, font: Path | None = None, echo: Callable[[
     echo(f"pictures: {out}/reconstructions.png  {out}/samples.png  {out}/curves.png")
     echo(f'your own: dalle-fast sample {out}/dalle "{captions[0]}" -o {out}/mine.png')
     return metrics
-
-
-def _prior_config(data: str) -> Any:
-    """The preset, with the image side that follows from the dVAE's."""
-    import dataclasses
-
-    config, dvae = PRIOR_PRESETS[data], DVAE_PRESETS[data].model
-    model = dataclasses.replace(config.model, image_vocab_size=dvae.vocab_size, grid=(dvae.grid, dvae.grid))
-    return dataclasses.replace(config, model=model)
 
 
 def _require_matplotlib() -> None:

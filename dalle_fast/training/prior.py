@@ -19,13 +19,13 @@ from dalle_fast.config import to_dict
 from dalle_fast.data.images import augment_for_transformer, decode_image, to_tensor
 from dalle_fast.data.sources import Loader, Sample, open_source
 from dalle_fast.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
-from dalle_fast.models.dvae import DVAE
+from dalle_fast.models.dvae import DVAE, DVAEConfig
 from dalle_fast.models.transformer import Dalle, DalleConfig
 from dalle_fast.pipeline import Pipeline, check_parts_match, dalle_checkpoint_config, load_dvae, save_dvae
 from dalle_fast.training.loop import Outcome, RunConfig, Task, check_update_rule, choose_device, resume_point, train
 from dalle_fast.training.schedules import PlateauHalving, linear_warmup, warmup_cosine
 
-__all__ = ["TrainConfig", "train_prior"]
+__all__ = ["TrainConfig", "fit_to_dvae", "train_prior"]
 
 _PREVIEW_CAPTIONS, _PREVIEW_IMAGES = 4, 4
 
@@ -63,6 +63,12 @@ class TrainConfig(RunConfig):
             raise ValueError(f"ema_every must be >= 1, got {self.ema_every}")
         if not 0 <= self.bpe_dropout <= 1:
             raise ValueError(f"bpe_dropout must be in [0, 1], got {self.bpe_dropout}")
+
+
+def fit_to_dvae(config: TrainConfig, dvae: DVAEConfig) -> TrainConfig:
+    """The configuration with the image vocabulary and grid that follow from the dVAE's."""
+    model = dataclasses.replace(config.model, image_vocab_size=dvae.vocab_size, grid=(dvae.grid, dvae.grid))
+    return dataclasses.replace(config, model=model)
 
 
 def train_prior(
