@@ -228,19 +228,12 @@ def test_training_state_without_a_field(start, tmp_path, field):
         start(tmp_path, resume=True, steps=3)
 
 
-def test_training_state_without_a_tensor(start, tmp_path):
-    last = start(tmp_path, steps=2)
-    tensors = load_file(last / "training.safetensors")
+@pytest.mark.parametrize("file", ["training.safetensors", "ema.safetensors"])
+def test_a_state_without_one_of_its_tensors(start, tmp_path, file):
+    path = start(tmp_path, steps=2) / file
+    tensors = load_file(path)
     name = sorted(tensors)[0]
-    save_file({other: tensors[other] for other in tensors if other != name}, last / "training.safetensors")
-    with pytest.raises(CheckpointError, match=f"training.safetensors lacks tensor {re.escape(name)}$"):
-        start(tmp_path, resume=True, steps=3)
-
-
-def test_average_without_a_tensor(start, tmp_path):
-    last = start(tmp_path, steps=2)
-    average = load_file(last / "ema.safetensors")
-    name = sorted(average)[0]
-    save_file({other: average[other] for other in average if other != name}, last / "ema.safetensors")
-    with pytest.raises(CheckpointError, match=f"ema.safetensors lacks tensor {re.escape(name)}"):
+    del tensors[name]
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=f"{file} lacks tensor {re.escape(name)}"):
         start(tmp_path, resume=True, steps=3)
