@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import textwrap
 import time
 from collections.abc import Callable
@@ -115,7 +116,10 @@ def run_demo(data: str, out: Path, *, font: Path | None = None, echo: Callable[[
     for line in _table(metrics):
         echo(line)
     echo(f"pictures: {out}/reconstructions.png  {out}/samples.png  {out}/curves.png")
-    echo(f'your own: dalle-fast sample {out}/dalle "{captions[0]}" -o {out}/mine.png')
+    # As it was called, so that the line can be copied whether or not the environment is active.
+    program = sys.argv[0] if Path(sys.argv[0]).name == "dalle-fast" else "dalle-fast"
+    own = f'{program} sample {out}/dalle "{captions[0]}" --temperature {TEMPERATURE} -o {out}/mine.png'
+    echo(f"your own: {own}")
     return metrics
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shlex
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from helpers import FONT_PATH
 from PIL import Image
 
 from dalle_fast import demo
+from dalle_fast.cli import main
 from dalle_fast.data import emoji
 from dalle_fast.demo import run_demo
 from dalle_fast.training.presets import DVAE_PRESETS, PRIOR_PRESETS
@@ -39,6 +41,10 @@ def test_demo_writes_pictures_and_metrics_and_replaces_an_earlier_one(tmp_path, 
         with Image.open(out / picture) as image:
             assert min(image.size) > 50
     assert any(line.startswith("heldout_exact") for line in lines)
+
+    command = next(line for line in lines if line.startswith("your own: ")).removeprefix("your own: ")
+    assert main(shlex.split(command)[1:]) == 0
+    assert (out / "mine.png").exists()
 
     again = run_demo("shapes", out, echo=lines.append)
     assert again["dvae_mse"] == metrics["dvae_mse"]
