@@ -47,7 +47,7 @@ def configure(extension: Extension) -> None:
     extension.library_dirs += cpp_extension.library_paths(device_type=kind)
     extension.libraries += ["c10", "torch", "torch_cpu"]
     flags = ["-O3", "-std=c++20"]
-    extension.extra_compile_args = {"cxx": [*flags, "-g0", "-Wall", "-fvisibility=hidden"], "nvcc": flags}
+    extension.extra_compile_args = {"cxx": [*flags, "-g0", "-Wall", "-Wno-psabi", "-fvisibility=hidden"], "nvcc": flags}
     if has_cuda:
         architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
         listed = ";".join(architectures.replace(";", " ").split())

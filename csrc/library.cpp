@@ -7,4 +7,11 @@ STABLE_TORCH_LIBRARY(dalle_fast, m) {
   m.def("decode_169(Tensor words) -> Tensor");
   m.def("encode_0610(Tensor values) -> Tensor");
   m.def("decode_0610(Tensor words) -> Tensor");
+  m.def(
+      "attention_forward_cpu(Tensor query, Tensor key, Tensor value, Tensor? text_lens, int[] pattern, float scale, "
+      "Tensor(a!) out, Tensor(b!)? lse) -> ()");
+  m.def(
+      "attention_backward_cpu(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor grad_out, "
+      "Tensor? grad_lse, Tensor? text_lens, int[] pattern, float scale, Tensor(a!) grad_query, Tensor(b!) grad_key, "
+      "Tensor(c!) grad_value) -> ()");
 }

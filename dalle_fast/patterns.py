@@ -99,6 +99,16 @@ class Pattern:
         """Useful floating-point operations of one forward pass: two products of 2 * head_dim a visible pair."""
         return 4 * head_dim * self.nnz() * batch * heads
 
+    @property
+    def code(self) -> tuple[int, int, int, int, int, int]:
+        """What compiled code gets: (rule, text_len, height, width, kernel_size, dilation), the last two 0 without use.
+
+        The rule says which ``_reach`` applies: 0 Full; Row 1 raster, 2 same_row; 3 Column; Conv 4 raster, 5 clip,
+        6 torus, 7 corner.
+        """
+        rule = _RULES[self.name, getattr(self, "variant", None)]
+        return (rule, self.text_len, *self.grid, getattr(self, "kernel_size", 0), getattr(self, "dilation", 0))
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values from which :func:`from_dict` makes an equal pattern."""
         return {"name": self.name, "text_len": self.text_len, "grid": list(self.grid)}
@@ -228,6 +238,16 @@ def _check_variant(variant: str, known: tuple[str, ...]) -> None:
         raise ValueError(f"variant must be one of {', '.join(known)}, got {variant!r}")
 
 
+_RULES = {
+    ("full", None): 0,
+    ("row", "raster"): 1,
+    ("row", "same_row"): 2,
+    ("column", None): 3,
+    ("conv", "raster"): 4,
+    ("conv", "clip"): 5,
+    ("conv", "torus"): 6,
+    ("conv", "corner"): 7,
+}
 _PATTERNS: dict[str, type[Pattern]] = {cls.name: cls for cls in (Full, Row, Column, Conv)}
 
 

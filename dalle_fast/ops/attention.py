@@ -1,9 +1,9 @@
 """Sparse attention over text and image tokens: the public ops.
 
 What they compute is defined by ``dalle_fast.reference.attention``; this module checks the arguments, follows
-autocast and picks the implementation. Without a kernel, "auto" hands PyTorch's scaled_dot_product_attention
-the dense mask where that means the same: on one CPU thread, forward and backward at B 64, H 4, D 32 take
-22 ms against the reference's 40 ms for S 96, and 150 ms against 880 ms for S 272.
+autocast and picks the implementation: the Triton kernels on a GPU, the C++ ones on a CPU. Where neither is there,
+and for float64, "auto" hands PyTorch's scaled_dot_product_attention the dense mask where that means the same, and else
+takes the reference.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle_fast import reference
+from dalle_fast.ops import attention_registration, backends
 from dalle_fast.ops.checks import (
     cast_under_autocast,
     check_backend,
@@ -26,6 +27,8 @@ from dalle_fast.ops.checks import (
 from dalle_fast.patterns import Pattern
 
 MAX_HEAD_DIM = 256
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_KERNEL_BACKENDS = ("triton", "cpp")
 
 
 def attention(
@@ -52,7 +55,8 @@ def attention(
             only, where that costs no synchronisation; elsewhere a value outside acts as the nearest inside.
         scale: factor of the scores, finite; None is 1 / sqrt(D).
         return_lse: also return the natural logarithm of the softmax denominator.
-        backend: "auto" or "reference".
+        backend: "auto", the fastest there is for these tensors; "triton", CUDA tensors; "cpp", CPU tensors;
+            "reference", any. Triton and C++ take float32, float16 and bfloat16.
 
     Returns:
         out (B, H, S, D) in query's dtype; with ``return_lse`` the pair (out, lse), lse (B, H, S) in float32
@@ -61,12 +65,12 @@ def attention(
 
     Raises:
         ValueError: a shape, stride or value out of range; mixed devices.
-        TypeError: not floating point, mixed dtypes, not a pattern.
-        RuntimeError: a backend that is not there.
+        TypeError: not floating point, mixed dtypes, not a pattern; float64 for a backend without it.
+        RuntimeError: a backend that is not there, with the cause and the remedy.
 
     Source: arXiv 2102.12092, appendix B.1 and Figure 11.
     """
-    check_backend("attention", backend)
+    check_backend("attention", backend, _KERNEL_BACKENDS)
     query, key, value = cast_under_autocast(query, key, value)
     check_floating(query=query, key=key, value=value)
     check_pattern(pattern)
@@ -86,13 +90,17 @@ def attention(
         raise ValueError(
             f"the heads of query must be a multiple of the heads of key, got {num_heads} for {num_key_heads}"
         )
-    check_head_dim(head_dim)
-    if not 1 <= length <= pattern.seq_len:
-        raise ValueError(f"the sequence must have 1..{pattern.seq_len} positions, as the pattern, got {length}")
+    _check_sizes(length, head_dim, pattern)
     check_scale(scale)
     if text_lens is not None:
         check_text_lens(text_lens, batch, pattern, query.device)
 
+    kernel = _choose_kernel(backend, query)
+    if kernel is not None:
+        factor = head_dim**-0.5 if scale is None else float(scale)
+        op = attention_registration.attention
+        out, lse = op(query, key, value, text_lens, pattern.code, factor, kernel)
+        return (out, lse) if return_lse else out
     with without_autocast(query.device):
         if backend == "auto" and text_lens is None and not return_lse:
             return _dense_attention(query, key, value, pattern, scale, enable_gqa)
@@ -128,13 +136,26 @@ def attention_qkvpacked(
     Raises:
         As :func:`attention`.
     """
-    check_backend("attention_qkvpacked", backend)
+    check_backend("attention_qkvpacked", backend, _KERNEL_BACKENDS)
+    (qkv,) = cast_under_autocast(qkv)
     check_floating(qkv=qkv)
+    check_pattern(pattern)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must have shape (B, S, 3, H, D), got {shape_of(qkv)}")
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
-    out = attention(query, key, value, pattern, text_lens=text_lens, scale=scale, backend=backend)
-    return out.transpose(1, 2)
+    kernel = _choose_kernel(backend, qkv)
+    if kernel is None:
+        query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        out = attention(query, key, value, pattern, text_lens=text_lens, scale=scale, backend=backend)
+        return out.transpose(1, 2)
+    _check_last_dim("qkv", qkv)
+    batch, length, _, _, head_dim = qkv.shape
+    _check_sizes(length, head_dim, pattern)
+    check_scale(scale)
+    if text_lens is not None:
+        check_text_lens(text_lens, batch, pattern, qkv.device)
+    factor = head_dim**-0.5 if scale is None else float(scale)
+    out, _ = attention_registration.attention_qkvpacked(qkv, text_lens, pattern.code, factor, kernel)
+    return out
 
 
 def check_pattern(pattern: Pattern) -> None:
@@ -169,6 +190,35 @@ def check_text_lens(text_lens: Tensor, batch: int, pattern: Pattern, device: tor
     low, high = (int(bound) for bound in text_lens.aminmax())
     if low < 0 or high > pattern.text_len:
         raise ValueError(f"text_lens must lie in 0..{pattern.text_len}, got {low}..{high}")
+
+
+def _check_sizes(length: int, head_dim: int, pattern: Pattern) -> None:
+    check_head_dim(head_dim)
+    if not 1 <= length <= pattern.seq_len:
+        raise ValueError(f"the sequence must have 1..{pattern.seq_len} positions, as the pattern, got {length}")
+
+
+def _choose_kernel(backend: str, query: Tensor) -> str | None:
+    """The kernels that ``backend`` means for ``query``, "triton" or "cpp"; None is plain PyTorch."""
+    if backend == "reference":
+        return None
+    device, is_taken = query.device, query.dtype in _KERNEL_DTYPES
+    if backend == "auto":
+        if is_taken and device.type == "cpu" and backends.has_cpp_backend(device):
+            return "cpp"
+        return "triton" if is_taken and backends.has_triton_backend(device) else None
+    if not is_taken:
+        raise TypeError(
+            f'backend "{backend}" of attention takes float32, float16 and bfloat16, got {query.dtype}; '
+            'use backend="reference"'
+        )
+    if backend == "triton":
+        backends.require_triton_backend(device)
+    else:
+        backends.require_cpp_backend(device)
+        if device.type != "cpu":
+            raise RuntimeError(f'backend "cpp" of attention runs on cpu tensors, got {device}; use backend="triton"')
+    return backend
 
 
 def _check_last_dim(name: str, tensor: Tensor) -> None:

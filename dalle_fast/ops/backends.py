@@ -6,12 +6,15 @@ caller asks for ``backend="cpp"`` by name. A part that is missing is reported wi
 
 import importlib
 import importlib.metadata
+import importlib.util
+import os
 from types import ModuleType
 from typing import Any
 
 import torch
 
 BUILD_COMMAND = "pip install --no-build-isolation ."
+OLDEST_GPU = (8, 0)  # compute capability that the Triton kernels are compiled and tuned for: Ampere
 
 
 def _import_extension() -> tuple[ModuleType | None, ImportError | None]:
@@ -63,6 +66,39 @@ def require_cpp_backend(device: torch.device) -> None:
             f"With nvcc on the PATH, build it in the source folder: {BUILD_COMMAND}"
         )
     raise RuntimeError(f'backend="cpp" runs on cpu and cuda tensors, got a tensor on {device}')
+
+
+def _missing_for_triton(device: torch.device) -> str | None:
+    """Why Triton kernels cannot run on tensors of ``device``, or None where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; it comes with torch for CUDA, or: pip install triton"
+    if device.type == "cuda":
+        if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_GPU:
+            found = ".".join(map(str, torch.cuda.get_device_capability(device)))
+            return f'the GPU needs compute capability 8.0 or newer, got {found}; use backend="auto"'
+        return None
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        return None
+    return (
+        f'it runs on cuda tensors, got a tensor on {device}; use backend="auto", '
+        "or set TRITON_INTERPRET=1 before the first use of triton to try the kernels on CPU tensors, slowly"
+    )
+
+
+def has_triton_backend(device: torch.device) -> bool:
+    """Whether "auto" takes the Triton kernels for tensors of ``device``; never those of Triton's interpreter."""
+    return device.type == "cuda" and _missing_for_triton(device) is None
+
+
+def require_triton_backend(device: torch.device) -> None:
+    """Check that the Triton kernels can run on tensors of ``device``.
+
+    Raises:
+        RuntimeError: triton is missing, or does not run there; names the cause and the remedy.
+    """
+    cause = _missing_for_triton(device)
+    if cause is not None:
+        raise RuntimeError(f'backend="triton" is not available: {cause}')
 
 
 def available() -> dict[str, Any]:

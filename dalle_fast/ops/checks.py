@@ -10,8 +10,8 @@ from torch import Tensor
 BACKENDS = ("auto", "triton", "cpp", "reference")
 
 
-def check_backend(op: str, backend: str) -> None:
-    """Raise unless ``op`` can run on ``backend``.
+def check_backend(op: str, backend: str, has: tuple[str, ...] = ()) -> None:
+    """Raise unless ``op``, which has kernels for the backends ``has``, can run on ``backend``.
 
     Raises:
         ValueError: not the name of a backend.
@@ -19,7 +19,7 @@ def check_backend(op: str, backend: str) -> None:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
-    if backend in ("triton", "cpp"):
+    if backend in ("triton", "cpp") and backend not in has:
         raise RuntimeError(f'backend "{backend}" of {op} is not part of this version; use backend="auto"')
 
 
