@@ -6,7 +6,7 @@ DATA ?= shapes
 FONT ?= /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 COMPILER := $(if $(filter default,$(origin CXX)),c++,$(firstword $(CXX)))
 
-.PHONY: install test demo bench lint clean
+.PHONY: install test demo bench gpu lint clean
 
 install: $(INSTALLED)
 
@@ -28,6 +28,10 @@ demo: install
 
 bench: install
 	$(VENV)/bin/pytest benchmarks --benchmark-only
+
+# With what $(PYTHON) has, and not .venv: a machine lent for its GPU may have no network.
+gpu:
+	$(PYTHON) benchmarks/gpu.py $(if $(DRY_RUN),--dry-run)
 
 lint: install
 	$(VENV)/bin/ruff check .

@@ -93,7 +93,7 @@ setup(
         Extension(
             "dalle_fast._C",
             sources=[*sorted(glob("csrc/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))],
-            depends=[*sorted(glob("csrc/common/*.h")), *CUDA_SOURCES],
+            depends=[*sorted(glob("csrc/common/*.h")), *sorted(glob("csrc/cpu/*.h")), *CUDA_SOURCES],
             include_dirs=[sysconfig.get_path("include")],
             language="c++",
         )

@@ -5,6 +5,10 @@
 
 One table a group, in the order in which the benchmarks ran: median time with the 20th and 80th percentile, speed
 against the group's first row (below 1 is slower), and the rates that the benchmark recorded.
+
+Where rows name their op, one table a shape: useful work per second, its share of the roofline, memory beyond the
+inputs, by how much the pattern can at best beat dense attention (ceiling), the error against float64, and the times of
+the other ops on the same case over the row's (below 1: the row loses; dense causal attention counts in every pattern).
 """
 
 from __future__ import annotations
@@ -22,10 +26,15 @@ def report(run: dict[str, Any]) -> str:
     Raises:
         KeyError: it was not written by pytest-benchmark with these benchmarks' conftest.py.
     """
-    groups: dict[str, list[dict[str, Any]]] = {}
+    tables: dict[str, list[dict[str, Any]]] = {}
     for benchmark in run["benchmarks"]:
-        groups.setdefault(benchmark["group"], []).append(benchmark)
-    return "\n".join([*_heading(run), *(line for name, rows in groups.items() for line in _table(name, rows))])
+        shape = benchmark["extra_info"].get("shape")
+        title = benchmark["group"] if shape is None else f"{benchmark['group']}, {shape}"
+        tables.setdefault(title, []).append(benchmark)
+    lines = _heading(run)
+    for title, rows in tables.items():
+        lines += _op_table(title, rows) if "op" in rows[0]["extra_info"] else _table(title, rows)
+    return "\n".join(lines)
 
 
 def _heading(run: dict[str, Any]) -> list[str]:
@@ -33,8 +42,11 @@ def _heading(run: dict[str, Any]) -> list[str]:
     state = " with uncommitted changes" if commit["dirty"] else ""
     extension = machine["cpp"]
     native = f"C++ level {extension['cpu_level']}" if extension else "no C++ extension"
+    gpu = machine["cuda"] or "none"
+    if machine["cuda"]:
+        gpu += f" (driver {machine['driver'] or 'unknown'}, CUDA {machine['cuda_runtime']}, triton {machine['triton']})"
     return [
-        f"- {machine['cpu']['brand_raw']}, threads: {machine['threads']}, GPU: {machine['cuda'] or 'none'}, "
+        f"- {machine['cpu']['brand_raw']}, threads: {machine['threads']}, GPU: {gpu}, "
         f"PyTorch on {machine['torch_cpu_capability']}, {native}",
         f"- {machine['system']} {machine['machine']}, Python {machine['python_version']}, torch {machine['torch']}, "
         f"dalle_fast {machine['dalle_fast']}, commit {str(commit['id'])[:12]}{state}, {run['datetime'][:10]}",
@@ -56,6 +68,32 @@ def _table(name: str, rows: list[dict[str, Any]]) -> list[str]:
             str(stats["rounds"]),
             f"{first / stats['median']:.2f}",
             *(_round(row["extra_info"][rate]) if rate in row["extra_info"] else "" for rate in rates),
+        ]
+        lines.append(_line(cells))
+    return lines
+
+
+def _op_table(title: str, rows: list[dict[str, Any]]) -> list[str]:
+    rivals = list(dict.fromkeys(row["extra_info"]["op"] for row in rows))
+    rivals = [op for op in rivals if any(op in row["extra_info"]["slower"] for row in rows)]
+    titles = ["pattern", "op", "median", "p20 to p80", "rounds", "TFLOP/s", "roofline", "memory", "ceiling", "error"]
+    titles += [f"{op} / op" for op in rivals]
+    lines = ["", f"### {title}", "", _line(titles), _line(["---"] * 2 + ["--:"] * (len(titles) - 2))]
+    for row in rows:
+        stats, info = row["stats"], row["extra_info"]
+        low, high = _percentiles(stats["data"])
+        cells = [
+            info["pattern"],
+            info["op"],
+            f"{_milliseconds(stats['median'])} ms",
+            f"{_milliseconds(low)} to {_milliseconds(high)}",
+            str(stats["rounds"]),
+            _round(info["tflop_per_s"]),
+            f"{100 * info['roofline']:.0f}%",
+            "" if info["peak_bytes"] is None else f"{_round(info['peak_bytes'] / 2**20)} MiB",
+            f"{info['mask_ceiling']:.2f}" if "mask_ceiling" in info else "",
+            f"{info['error']:.1e}",
+            *(f"{info['slower'][op]:.2f}" if op in info["slower"] else "" for op in rivals),
         ]
         lines.append(_line(cells))
     return lines

@@ -69,7 +69,7 @@ def patterns(text_len: int, grid: int | tuple[int, int]) -> list[Pattern]:
     ]
 
 
-def make_tensors(dtype, batch, heads, length, head_dim, *, key_heads=None, size=3.0) -> list[Tensor]:
+def make_tensors(dtype, batch, heads, length, head_dim, *, key_heads=None, size=2.0) -> list[Tensor]:
     """Query, key, value and the gradients of out and lse; scores of about +-size^2 tell a wrong mask."""
     key_heads = heads if key_heads is None else key_heads
     tensors = [torch.randn(batch, h, length, head_dim) for h in (heads, key_heads, key_heads, heads)]
@@ -106,18 +106,24 @@ def assert_same_bits(actual, expected) -> None:
 
 
 @cache
-def shape_cases(text_len, grid, dtype) -> list[tuple]:
-    """Inputs, truth and peer for every pattern of a shape; made once for all levels."""
-    generator_state = torch.get_rng_state()
-    torch.manual_seed(text_len)
-    cases = []
-    for number, pattern in enumerate(patterns(text_len, grid)):
-        tensors = make_tensors(dtype, 2, 4, pattern.seq_len, 20 if number % 2 else 16)
-        text_lens = torch.tensor([text_len // 2, text_len]) if number % 3 == 0 else None
-        truth = attention_formulas(*(tensor.double() for tensor in tensors), pattern, text_lens)
-        cases.append((pattern, tensors, text_lens, truth, attention_formulas(*tensors, pattern, text_lens)))
-    torch.set_rng_state(generator_state)
-    return cases
+def kept_case(dtype, pattern, length, head_dim=16, batch=1, heads=1, text_lens=None, edit=None) -> tuple:
+    """Inputs, text_lens as a tensor, what plain PyTorch gives, float64; made once for all levels."""
+    with torch.random.fork_rng():
+        tensors = make_tensors(dtype, batch, heads, length, head_dim)
+    if edit is not None:
+        edit(tensors)
+    lens = None if text_lens is None else torch.tensor(text_lens)
+    truth = attention_formulas(*(tensor.double() for tensor in tensors), pattern, lens)
+    return tensors, lens, attention_formulas(*tensors, pattern, lens), truth
+
+
+def check_kept_cases(dtype, *cases) -> None:
+    """Hold the kernels to the budget over these cases together."""
+    budget = AttentionBudget()
+    for pattern, options in cases:
+        tensors, text_lens, peer, truth = kept_case(dtype, pattern, **options)
+        budget.add_results(run_kernels(tensors, pattern, text_lens), peer, truth)
+    budget.check()
 
 
 @each_dtype
@@ -141,10 +147,12 @@ def shape_cases(text_len, grid, dtype) -> list[tuple]:
     ],
 )
 def test_shapes_and_patterns(level, dtype, text_len, grid):
-    budget = AttentionBudget()
-    for pattern, tensors, text_lens, truth, peer in shape_cases(text_len, grid, dtype):
-        budget.add_results(run_kernels(tensors, pattern, text_lens), peer, truth)
-    budget.check()
+    cases = []
+    for number, pattern in enumerate(patterns(text_len, grid)):
+        options = {"length": pattern.seq_len, "batch": 2, "heads": 4, "head_dim": 20 if number % 2 else 16}
+        options["text_lens"] = (text_len // 2, text_len) if number % 3 == 0 else None
+        cases.append((pattern, options))
+    check_kept_cases(dtype, *cases)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -152,16 +160,14 @@ def test_shapes_and_patterns(level, dtype, text_len, grid):
 def test_every_prefix(pattern, dtype):
     budget = AttentionBudget()
     for length in range(1, pattern.seq_len + 1):
-        tensors = make_tensors(dtype, 4, 4, length, 9)
+        tensors = make_tensors(dtype, 4, 2, length, 9)
         for text_lens in (None, torch.tensor([length % 19, 0, 18, 17])):
             budget.add(run_kernels(tensors, pattern, text_lens), tensors, pattern, text_lens=text_lens)
     budget.check()
 
 
 @each_dtype
-@pytest.mark.parametrize(
-    "head_dim", [1, 2, 3, 7, 8, 15, 16, 17, 20, 31, 32, 33, 63, 64, 65, 80, 96, 127, 128, 129, 256]
-)
+@pytest.mark.parametrize("head_dim", [1, 2, 7, 8, 16, 20, 31, 33, 64, 80, 127, 128, 256])
 def test_head_sizes(level, dtype, head_dim):
     budget = AttentionBudget()
     for pattern in (Row(17, (3, 5)), Full(3, (6, 6))):
@@ -192,10 +198,18 @@ def reaches_far(pattern: Pattern) -> Pattern:
     ids=lambda value: pattern_id(value) if isinstance(value, Pattern) else str(value),
 )
 def test_rows_of_many_keys(level, dtype, pattern, length):
-    tensors = make_tensors(dtype, 1, 1, length, 16)
-    run_and_check(tensors, reaches_far(pattern))
+    check_kept_cases(dtype, (reaches_far(pattern), {"length": length}))
     if pattern.text_len:
-        run_and_check(tensors, pattern, text_lens=torch.tensor([pattern.text_len * 3 // 4]))
+        check_kept_cases(dtype, (pattern, {"length": length, "text_lens": (pattern.text_len * 3 // 4,)}))
+
+
+def lower_the_second_row(tensors: list[Tensor]) -> None:
+    """Put the scores of the second row of 600 far below those of the first."""
+    query, key, *_ = tensors
+    row = slice(query.shape[2] - 32, None)
+    query[:, :, row] = 0.0
+    query[:, :, row, 0] = -200.0  # alone: every order of summation gives the same scores
+    key[:, :, row] = 30.0
 
 
 @each_dtype
@@ -203,13 +217,12 @@ def test_rows_of_many_keys(level, dtype, pattern, length):
 def test_first_keys_all_hidden_from_some_queries(level, dtype, text_len):
     # 600 = 37 * 16 + 8: 16 queries in a row share 608 keys, of which eight queries see the last eight alone.
     pattern = Row(text_len, (2, 600), variant="same_row")
-    tensors = make_tensors(dtype, 1, 4, text_len + 632, 16)
-    run_and_check(tensors, pattern)
-    run_and_check(tensors, pattern, text_lens=torch.tensor([0]))
-    # Scores far below those of the hidden keys, which must not count as the row's maximum.
-    tensors[0][:, :, text_len + 600 :] = -200.0
-    tensors[1][:, :, text_len + 600 :] = 30.0
-    run_and_check(tensors, pattern)
+    options = {"length": text_len + 632, "heads": 4}
+    check_kept_cases(dtype, (pattern, options))
+    if text_len:
+        check_kept_cases(dtype, (pattern, options | {"text_lens": (0,)}))
+    # What a query does not see must not count as its maximum.
+    check_kept_cases(dtype, (pattern, options | {"edit": lower_the_second_row}))
 
 
 PAIR_GRIDS = [(1, 1), (1, 6), (6, 1), (2, 3), (3, 2), (4, 4), (5, 3), (3, 8), (2, 18), (18, 2)]
@@ -466,10 +479,9 @@ def test_packed_views(level, dtype, head_dim):
 
 @each_dtype
 @pytest.mark.parametrize(("heads", "key_heads"), [(6, 1), (6, 2), (6, 3), (6, 6), (1, 1), (5, 1)])
-@pytest.mark.parametrize("batch", [1, 2])
-def test_grouped_heads(level, dtype, heads, key_heads, batch):
+def test_grouped_heads(level, dtype, heads, key_heads):
     budget = AttentionBudget()
-    for pattern in (Row(17, (3, 5)), Full(3, (6, 6)), Column(0, (17, 3))):
+    for pattern, batch in itertools.product((Row(17, (3, 5)), Full(3, (6, 6)), Column(0, (17, 3))), (1, 2, 3)):
         tensors = make_tensors(dtype, batch, heads, pattern.seq_len, 12, key_heads=key_heads)
         budget.add(run_kernels(tensors, pattern), tensors, pattern)
     budget.check()
