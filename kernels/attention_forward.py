@@ -59,11 +59,12 @@ from torch import Tensor
 # A scale of 0 would make NaN of a masked score, -inf; this one makes the same 0 of every other.
 SMALLEST_SCALE = 1e-30
 
-# Chosen by what the compilers make of it (Triton 3.6 and 3.9, every pattern of SHIPPED_PATTERNS at head size 64, row and
-# conv at the others), not by time: no row was measured on a GPU. A row has to keep a product's operands in registers
-# or shared memory without spilling, and to leave room for as many programs on a multiprocessor as that allows: at head
-# size 64 on generation 9 four of 128 registers, where windows of 64 take 150 to 210 and leave two or three. float32
-# takes no tensor cores: small tiles, because every thread holds whole rows of them.
+# Chosen by what the compilers make of them (Triton 3.6 and 3.9; every pattern of SHIPPED_PATTERNS at head size 64 on
+# generation 9, row-32 and conv-64 otherwise), not by time: no row was measured on a GPU. The largest tiles that do not
+# spill, and of these what leaves room for most programs on a multiprocessor: at head size 64 on generation 9 four of
+# 128 registers, where windows of 64 take 150 to 210 and leave two or three. No 16-bit row of generation 9 spills in
+# either version; elsewhere ptxas spills at most ten words, for a rounder number of registers. float32
+# takes no tensor cores, and small tiles, because a thread holds whole rows of the factors.
 TILES: TileTable = {
     (8, 2, 16): (Tiles(64, 64, 32, 4, 2), 6144),
     (8, 2, 32): (Tiles(64, 64, 32, 4, 2), 12288),

@@ -390,7 +390,7 @@ def visible_text_len(text_lens, offset, TEXT_LEN: tl.constexpr):
     if text_lens is None:
         return TEXT_LEN
     else:
-        return tl.maximum(tl.minimum(tl.load(text_lens + offset), TEXT_LEN), 0).to(tl.int32)
+        return tl.maximum(tl.minimum(tl.load(text_lens + offset).to(tl.int64), TEXT_LEN), 0).to(tl.int32)
 
 
 @triton.jit
@@ -420,7 +420,7 @@ def load_rows(
 ):  # fmt: skip
     """Rows [len(position), BLOCK_D] of a tensor; 0 past HEAD_DIM, and with RAGGED where not ``inside``."""
     offs_d = tl.arange(0, BLOCK_D)
-    addresses = pointer + position.to(tl.int64)[:, None] * stride + offs_d[None, :] * stride_d
+    addresses = pointer + position.to(tl.int64)[:, None] * stride + offs_d.to(tl.int64)[None, :] * stride_d
     if RAGGED:
         if HEAD_DIM < BLOCK_D:
             return tl.load(addresses, mask=inside[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
@@ -464,7 +464,7 @@ class Tiles(NamedTuple):
     max_registers: int = 0
 
 
-# (generation of the GPU, bytes of an element, padded head size) -> tiles, and the shared memory in bytes that they take.
+# (generation of the GPU, bytes of an element, padded head size) -> tiles, and the bytes of shared memory they take.
 TileTable = dict[tuple[int, int, int], tuple[Tiles, int]]
 
 # What fits wherever Triton runs.

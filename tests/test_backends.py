@@ -1,13 +1,15 @@
 """dalle_fast.ops.backends: a part that is missing is named with its cause and its remedy."""
 
+import importlib.util
+
 import pytest
 import torch
+from helpers import needs_extension
 
 from dalle_fast.ops import backends
 
-needs_extension = pytest.mark.skipif(
-    backends.extension is None, reason=f"dalle_fast._C is not built: {backends.extension_error}"
-)
+needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 
 
 @pytest.fixture
@@ -59,6 +61,36 @@ def test_cpp_on_cuda_names_the_missing_half(monkeypatch):
     monkeypatch.setattr(backends, "has_cuda_extension", False)
     with pytest.raises(RuntimeError, match=r"needs the CUDA half of dalle_fast\._C, which was not built"):
         backends.require_cpp_backend(torch.device("cuda", 0))
+
+
+def test_triton_that_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for device in (CPU, GPU):
+        assert not backends.has_triton_backend(device)
+        with pytest.raises(RuntimeError, match=r"triton is not installed; .* pip install triton"):
+            backends.require_triton_backend(device)
+
+
+@needs_triton
+def test_triton_on_the_cpu_needs_its_interpreter(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match='got a tensor on cpu; use backend="auto", or set TRITON_INTERPRET=1'):
+        backends.require_triton_backend(CPU)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    backends.require_triton_backend(CPU)
+    assert not backends.has_triton_backend(CPU)
+
+
+@needs_triton
+def test_triton_on_old_and_new_gpus(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert not backends.has_triton_backend(GPU)
+    with pytest.raises(RuntimeError, match=r"needs compute capability 8\.0 or newer, got 7\.5; use backend"):
+        backends.require_triton_backend(GPU)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    backends.require_triton_backend(GPU)
+    assert backends.has_triton_backend(GPU)
 
 
 def test_available_has_a_cause_for_everything_missing():

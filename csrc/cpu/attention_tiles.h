@@ -383,11 +383,12 @@ struct TileLoops {
   template <int kRows, int kCount>
   static DALLE_FAST_INLINE void scatter_block(const float* weights, const float* rows, int64_t row_stride,
                                               float* const (&targets)[kRows]) {
+    // A sum of its own for the 16 queries: added to one by one, a key's long sum would be rounded 16 times as often.
     Float block[kRows][kCount];
 #pragma GCC unroll 4
     for (int k = 0; k < kRows; ++k) {
 #pragma GCC unroll 4
-      for (int d = 0; d < kCount; ++d) block[k][d] = I::load(targets[k] + d * I::kLanes);
+      for (int d = 0; d < kCount; ++d) block[k][d] = Float{};
     }
 #pragma GCC unroll 2
     for (int i = 0; i < kWeightUnits; ++i) {
@@ -406,7 +407,10 @@ struct TileLoops {
 #pragma GCC unroll 4
     for (int k = 0; k < kRows; ++k) {
 #pragma GCC unroll 4
-      for (int d = 0; d < kCount; ++d) I::store(targets[k] + d * I::kLanes, block[k][d]);
+      for (int d = 0; d < kCount; ++d) {
+        float* target = targets[k] + d * I::kLanes;
+        I::store(target, I::load(target) + block[k][d]);
+      }
     }
   }
 
