@@ -39,7 +39,7 @@ from dalle_fast.patterns import Column, Conv, Full, Pattern, Row
 
 ON_GPU = measure.DEVICE == "cuda"
 
-SECONDS_A_ROW = 0.6
+SECONDS_A_ROW = 0.4
 MOST_ROUNDS = 100
 FEWEST_ROUNDS = [(0.1, 15), (0.5, 5), (float("inf"), 3)]  # up to so many seconds a call, at least so many rounds
 

@@ -63,8 +63,8 @@ SMALLEST_SCALE = 1e-30
 # generation 9, row-32 and conv-64 otherwise), not by time: no row was measured on a GPU. The largest tiles that do not
 # spill, and of these what leaves room for most programs on a multiprocessor: at head size 64 on generation 9 four of
 # 128 registers, where windows of 64 take 150 to 210 and leave two or three. No 16-bit row of generation 9 spills in
-# either version; elsewhere ptxas spills at most ten words, for a rounder number of registers. float32
-# takes no tensor cores, and small tiles, because a thread holds whole rows of the factors.
+# either version; elsewhere ptxas spills at most ten words, for a rounder number of registers. float32 takes no tensor
+# cores, and small tiles, because a thread holds whole rows of the factors.
 TILES: TileTable = {
     (8, 2, 16): (Tiles(64, 64, 32, 4, 2), 6144),
     (8, 2, 32): (Tiles(64, 64, 32, 4, 2), 12288),
