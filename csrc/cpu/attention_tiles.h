@@ -276,11 +276,12 @@ struct TileLoops {
   template <int kCount>
   static DALLE_FAST_INLINE void accumulate_block(const float* rows, int64_t row_stride, const float* weights,
                                                  int64_t units, float* sums) {
+    // A sum of its own for these rows, so that what many calls add up is not rounded at each row.
     Float block[kCount][kVectors];
 #pragma GCC unroll 16
     for (int d = 0; d < kCount; ++d) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) block[d][v] = I::load(sums + d * kTileQueries + v * I::kLanes);
+      for (int v = 0; v < kVectors; ++v) block[d][v] = Float{};
     }
     for (int64_t u = 0; u < units; ++u) {
       Float weight[kVectors];
@@ -296,7 +297,10 @@ struct TileLoops {
 #pragma GCC unroll 16
     for (int d = 0; d < kCount; ++d) {
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) I::store(sums + d * kTileQueries + v * I::kLanes, block[d][v]);
+      for (int v = 0; v < kVectors; ++v) {
+        float* sum = sums + d * kTileQueries + v * I::kLanes;
+        I::store(sum, I::load(sum) + block[d][v]);
+      }
     }
   }
 
