@@ -87,8 +87,8 @@ class Job(NamedTuple):
 KERNEL = "(fwd|dq|dkdv)"
 ALWAYS_EVERYWHERE = [f"{KERNEL}-(row|column|conv)-32-64-bfloat16", "sum-row-32-64-bfloat16-splits"]
 ALWAYS = [
-    f"{KERNEL}-(conv-64|row-128|torus-32)-64-bfloat16",
-    f"{KERNEL}-row-32-(16|32|128|256)-bfloat16",
+    f"{KERNEL}-(conv-64|row-128)-64-bfloat16",
+    f"{KERNEL}-row-32-(16|128|256)-bfloat16",
     f"{KERNEL}-row-32-32-float32",
     "fwd-row-32-64-(float16|bfloat16-text_lens)",
     "dkdv-row-32-64-bfloat16-(groups|splits)",

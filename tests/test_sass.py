@@ -19,7 +19,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-pytestmark = pytest.mark.skipif(bool(sass.missing_tools()), reason=sass.missing_tools())
+pytestmark = [
+    pytest.mark.skipif(bool(sass.missing_tools()), reason=sass.missing_tools()),
+    pytest.mark.usefixtures("compiled"),  # which compiles while the first tests run
+]
 
 RECORD = sass.read_record()
 RECORDED = RECORD.get(triton.__version__, {})
@@ -29,7 +32,7 @@ JOBS = [job for job in shipped() if job.always]
 
 @pytest.fixture(scope="module")
 def compiled(request, tmp_path_factory):
-    """Figures, as they come, of the jobs that the selected tests name."""
+    """Figures to come of the jobs that the selected tests name."""
     selected = [item.callspec.params.get("job") for item in request.session.items if hasattr(item, "callspec")]
     jobs = dict.fromkeys(job for job in selected if isinstance(job, Job))
     with sass.compilers(tmp_path_factory.mktemp("triton")) as pool:
@@ -40,48 +43,6 @@ def compiled(request, tmp_path_factory):
 def cache(monkeypatch, tmp_path):
     """What a test compiles itself is kept nowhere."""
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-
-
-@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.label)
-def test_code_is_what_it_is_meant_to_be(job, compiled):
-    assert not faults(job, compiled[job].result())
-
-
-@pytest.mark.skipif(not RECORDED, reason=f"sass.json has nothing of Triton {triton.__version__}")
-@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.label)
-def test_code_is_no_worse_than_recorded(job, compiled):
-    assert not regressions(compiled[job].result(), RECORDED[job.label]), UPDATE
-
-
-# What is wrong in the record, none of it in what is compiled each time: the register allocator gives up a few registers
-# for a rounder number of them. Whoever mends one takes it out of this list.
-KNOWN_SPILLS = {
-    "3.6.0": {
-        "attention_fwd-row-32-16-bfloat16-sm_80": 2,
-        "attention_dkdv-row-32-32-bfloat16-sm_80": 2,
-        "attention_dq-row-32-64-float32-sm_80": 4,
-        "attention_fwd-row-32-128-float32-sm_90": 6,
-        "attention_dkdv-row-32-128-bfloat16-sm_100": 10,
-    },
-    "3.9.0": {
-        "attention_dkdv-row-32-64-float32-sm_80": 4,
-        "attention_fwd-row-32-16-bfloat16-sm_100": 9,
-        "attention_dq-row-32-64-float32-sm_100": 6,
-    },
-}
-
-
-@pytest.mark.parametrize("version", RECORD)
-def test_record_has_every_job_and_no_fault_but_known_ones(version):
-    jobs, known = {job.label: job for job in shipped()}, KNOWN_SPILLS[version]
-    assert list(RECORD[version]) == list(jobs), UPDATE
-    assert not {job.label for job in jobs.values() if job.always} & known.keys()
-    assert {name: f.spills for name, f in RECORD[version].items() if f.spills} == known
-    assert not {
-        name: found
-        for name, job in jobs.items()
-        if (found := faults(job, RECORD[version][name]._replace(stack=0, spills=0)))
-    }
 
 
 ROW = Job("attention_fwd-row-32-64-bfloat16", 90)
@@ -284,3 +245,45 @@ def test_record_is_read_as_it_was_written(tmp_path, monkeypatch):
     sass.write_record(record)
     assert sass.read_record() == record
     assert sum("sm_" in line for line in sass.RECORD.read_text().splitlines()) == 3
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.label)
+def test_code_is_what_it_is_meant_to_be(job, compiled):
+    assert not faults(job, compiled[job].result())
+
+
+@pytest.mark.skipif(not RECORDED, reason=f"sass.json has nothing of Triton {triton.__version__}")
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.label)
+def test_code_is_no_worse_than_recorded(job, compiled):
+    assert not regressions(compiled[job].result(), RECORDED[job.label]), UPDATE
+
+
+# What is wrong in the record, none of it in what is compiled each time: the register allocator gives up a few registers
+# for a rounder number of them. Whoever mends one takes it out of this list.
+KNOWN_SPILLS = {
+    "3.6.0": {
+        "attention_fwd-row-32-16-bfloat16-sm_80": 2,
+        "attention_dkdv-row-32-32-bfloat16-sm_80": 2,
+        "attention_dq-row-32-64-float32-sm_80": 4,
+        "attention_fwd-row-32-128-float32-sm_90": 6,
+        "attention_dkdv-row-32-128-bfloat16-sm_100": 10,
+    },
+    "3.9.0": {
+        "attention_dkdv-row-32-64-float32-sm_80": 4,
+        "attention_fwd-row-32-16-bfloat16-sm_100": 9,
+        "attention_dq-row-32-64-float32-sm_100": 6,
+    },
+}
+
+
+@pytest.mark.parametrize("version", RECORD)
+def test_record_has_every_job_and_no_fault_but_known_ones(version):
+    jobs, known = {job.label: job for job in shipped()}, KNOWN_SPILLS[version]
+    assert list(RECORD[version]) == list(jobs), UPDATE
+    assert not {job.label for job in jobs.values() if job.always} & known.keys()
+    assert {name: f.spills for name, f in RECORD[version].items() if f.spills} == known
+    assert not {
+        name: found
+        for name, job in jobs.items()
+        if (found := faults(job, RECORD[version][name]._replace(stack=0, spills=0)))
+    }
