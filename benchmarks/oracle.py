@@ -111,7 +111,7 @@ def blockwise_attention(
     scale = head_dim**-0.5
     found = {name: torch.zeros_like(q) for name in (NAMES if with_gradients else NAMES[:1])}
     rows = max(1, BLOCK_BYTES[query.device.type] // (8 * batch * heads * length))
-    position = torch.arange(length, device=query.device)
+    position = torch.arange(length, dtype=torch.int32, device=query.device)
     for start in range(0, length, rows):
         stop = min(start + rows, length)
         block, seen = slice(start, stop), slice(0, stop)
@@ -140,7 +140,7 @@ def fused_attention(query: Tensor, key: Tensor, value: Tensor, upstream: Tensor,
 
 def additive_mask(pattern: Pattern, dtype: torch.dtype, device: torch.device | str) -> Tensor:
     """``pattern.dense()`` as 0 and -inf, some queries at a time: all pairs of 16,640 positions take gigabytes."""
-    position = torch.arange(pattern.seq_len, device=device)
+    position = torch.arange(pattern.seq_len, dtype=torch.int32, device=device)
     mask = torch.zeros(pattern.seq_len, pattern.seq_len, dtype=dtype, device=device)
     for rows, query in zip(mask.split(MASK_ROWS), position.split(MASK_ROWS), strict=True):
         rows.masked_fill_(~pattern.visible(query[:, None], position), -torch.inf)

@@ -12,12 +12,28 @@ derivative.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 _FORWARD_ARGS = "Tensor? text_lens, int[] pattern, float scale, str backend"
+
+# Defined with Library and not with torch.library.custom_op, whose first call imports the compiler, for a second.
+_library = torch.library.Library("dalle_fast", "FRAGMENT")
+
+
+def _op(schema: str) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
+    """Make a function the op ``schema`` of every device, which returns new tensors and leaves its arguments alone."""
+
+    def define(function: Callable[..., Any]) -> torch._ops.OpOverload:
+        name = schema.partition("(")[0]
+        _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        return getattr(torch.ops.dalle_fast, name).default
+
+    return define
 
 
 def _run_forward(query, key, value, out, lse, text_lens, pattern, scale, backend) -> None:
@@ -68,22 +84,16 @@ def _unpack(qkv: Tensor) -> tuple[Tensor, ...]:
     return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
-@torch.library.custom_op(
-    "dalle_fast::attention",
-    mutates_args=(),
-    schema=f"(Tensor query, Tensor key, Tensor value, {_FORWARD_ARGS}) -> (Tensor out, Tensor lse)",
-)
+@_op(f"attention(Tensor query, Tensor key, Tensor value, {_FORWARD_ARGS}) -> (Tensor out, Tensor lse)")
 def attention(query, key, value, text_lens, pattern, scale, backend):
     out, lse = _empty_outputs(query)
     _run_forward(query, key, value, out, lse, text_lens, pattern, scale, backend)
     return out, lse
 
 
-@torch.library.custom_op(
-    "dalle_fast::attention_backward",
-    mutates_args=(),
-    schema="(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor grad_out, Tensor? grad_lse, "
-    f"{_FORWARD_ARGS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)",
+@_op(
+    "attention_backward(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor grad_out, "
+    f"Tensor? grad_lse, {_FORWARD_ARGS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
 )
 def _attention_backward(query, key, value, out, lse, grad_out, grad_lse, text_lens, pattern, scale, backend):
     grads = tuple(_empty_rows_like(tensor) for tensor in (query, key, value))
@@ -92,21 +102,16 @@ def _attention_backward(query, key, value, out, lse, grad_out, grad_lse, text_le
     return grads
 
 
-@torch.library.custom_op(
-    "dalle_fast::attention_qkvpacked",
-    mutates_args=(),
-    schema=f"(Tensor qkv, {_FORWARD_ARGS}) -> (Tensor out, Tensor lse)",
-)
+@_op(f"attention_qkvpacked(Tensor qkv, {_FORWARD_ARGS}) -> (Tensor out, Tensor lse)")
 def attention_qkvpacked(qkv, text_lens, pattern, scale, backend):
     out, lse = _empty_packed_outputs(qkv)
     _run_forward(*_unpack(qkv), out.transpose(1, 2), lse, text_lens, pattern, scale, backend)
     return out, lse
 
 
-@torch.library.custom_op(
-    "dalle_fast::attention_qkvpacked_backward",
-    mutates_args=(),
-    schema=f"(Tensor qkv, Tensor out, Tensor lse, Tensor grad_out, {_FORWARD_ARGS}) -> Tensor grad_qkv",
+@_op(
+    f"attention_qkvpacked_backward(Tensor qkv, Tensor out, Tensor lse, Tensor grad_out, {_FORWARD_ARGS}) "
+    "-> Tensor grad_qkv"
 )
 def _attention_qkvpacked_backward(qkv, out, lse, grad_out, text_lens, pattern, scale, backend):
     grad_qkv = _empty_rows_like(qkv)
@@ -116,22 +121,22 @@ def _attention_qkvpacked_backward(qkv, out, lse, grad_out, text_lens, pattern, s
     return grad_qkv
 
 
-@attention.register_fake
+@torch.library.register_fake(attention)
 def _(query, key, value, text_lens, pattern, scale, backend):
     return _empty_outputs(query)
 
 
-@_attention_backward.register_fake
+@torch.library.register_fake(_attention_backward)
 def _(query, key, value, out, lse, grad_out, grad_lse, text_lens, pattern, scale, backend):
     return tuple(_empty_rows_like(tensor) for tensor in (query, key, value))
 
 
-@attention_qkvpacked.register_fake
+@torch.library.register_fake(attention_qkvpacked)
 def _(qkv, text_lens, pattern, scale, backend):
     return _empty_packed_outputs(qkv)
 
 
-@_attention_qkvpacked_backward.register_fake
+@torch.library.register_fake(_attention_qkvpacked_backward)
 def _(qkv, out, lse, grad_out, text_lens, pattern, scale, backend):
     return _empty_rows_like(qkv)
 
@@ -167,5 +172,11 @@ def _differentiate_packed(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[T
     return grad_qkv, None, None, None, None
 
 
-attention.register_autograd(_differentiate, setup_context=_save)
-attention_qkvpacked.register_autograd(_differentiate_packed, setup_context=_save_packed)
+def _refuse(ctx: Any, *grads: Tensor) -> None:
+    raise RuntimeError('attention has no second derivative; use backend="reference", which has')
+
+
+torch.library.register_autograd(attention, _differentiate, setup_context=_save)
+torch.library.register_autograd(attention_qkvpacked, _differentiate_packed, setup_context=_save_packed)
+torch.library.register_autograd(_attention_backward, _refuse)
+torch.library.register_autograd(_attention_qkvpacked_backward, _refuse)
