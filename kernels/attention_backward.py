@@ -65,7 +65,9 @@ SUM_ROWS = 16
 
 # Chosen as the forward pass's (attention_forward.py), by the compilers' figures, and measured on no GPU either. At head
 # size 64 on generation 9 three programs of 168 registers fit for dq, and two of 232 to 254 for dk and dv, which keep
-# four blocks of sums and products at a time; at 256 tiles of 64 spill, and those of 32 take mma instead of wgmma.
+# four blocks of sums and products at a time. At 128 the two groups of warps of dk and dv both compute the scores, for 6
+# units of work where 4 would do: 128 keys, or 64 for four warps, spill in Triton 3.6, and steps of 16 queries, which do
+# not, take the tensor cores as long. At 256 tiles of 64 keys spill, and those of 32 take mma instead of wgmma.
 DQ_TILES: TileTable = {
     (8, 2, 16): (Tiles(64, 64, 32, 4, 2), 8192),
     (8, 2, 32): (Tiles(64, 64, 32, 4, 2), 16384),
@@ -76,7 +78,7 @@ DQ_TILES: TileTable = {
     (9, 2, 32): (Tiles(64, 64, 32, 4, 2), 24576),
     (9, 2, 64): (Tiles(64, 64, 32, 4, 2, max_registers=168), 49152),
     (9, 2, 128): (Tiles(64, 32, 32, 4, 2), 65536),
-    (9, 2, 256): (Tiles(64, 16, 16, 8, 2), 98304),
+    (9, 2, 256): (Tiles(128, 32, 32, 8, 2), 196608),
     (10, 2, 16): (Tiles(64, 64, 32, 4, 2), 14384),
     (10, 2, 32): (Tiles(64, 64, 32, 4, 2), 28720),
     (10, 2, 64): (Tiles(64, 64, 32, 4, 2), 57392),
@@ -84,13 +86,13 @@ DQ_TILES: TileTable = {
     (10, 2, 256): (Tiles(64, 16, 16, 8, 2), 106544),
     **{(generation, 4, 16): (Tiles(32, 32, 32, 4, 2), 12288) for generation in (8, 9, 10)},
     **{(generation, 4, 32): (Tiles(32, 32, 32, 4, 2), 20480) for generation in (8, 9, 10)},
-    **{(generation, 4, 64): (Tiles(32, 32, 32, 4, 2), 36864) for generation in (8, 9, 10)},
+    **{(generation, 4, 64): (Tiles(32, 32, 16, 4, 2), 36864) for generation in (8, 9, 10)},
     **{(generation, 4, 128): (Tiles(16, 16, 16, 4, 2), 33792) for generation in (8, 9, 10)},
     **{(generation, 4, 256): (Tiles(16, 16, 16, 8, 2), 66560) for generation in (8, 9, 10)},
 }
 DKDV_TILES: TileTable = {
     (8, 2, 16): (Tiles(64, 64, 32, 4, 2), 8704),
-    (8, 2, 32): (Tiles(64, 32, 32, 4, 2), 12544),
+    (8, 2, 32): (Tiles(64, 32, 32, 4, 2, max_registers=168), 12544),
     (8, 2, 64): (Tiles(64, 32, 32, 8, 2), 24832),
     (8, 2, 128): (Tiles(64, 32, 32, 8, 2), 53504),
     (8, 2, 256): (Tiles(32, 32, 32, 8, 2), 67840),
@@ -102,11 +104,11 @@ DKDV_TILES: TileTable = {
     (10, 2, 16): (Tiles(64, 64, 32, 4, 2), 17152),
     (10, 2, 32): (Tiles(64, 64, 32, 4, 2), 33792),
     (10, 2, 64): (Tiles(64, 64, 32, 4, 2), 66560),
-    (10, 2, 128): (Tiles(64, 32, 32, 8, 2), 82944),
+    (10, 2, 128): (Tiles(64, 32, 32, 4, 2), 82944),
     (10, 2, 256): (Tiles(32, 32, 32, 8, 2), 67840),
     **{(generation, 4, 16): (Tiles(32, 32, 32, 8, 2), 12544) for generation in (8, 9, 10)},
     **{(generation, 4, 32): (Tiles(32, 32, 32, 8, 2), 20736) for generation in (8, 9, 10)},
-    **{(generation, 4, 64): (Tiles(32, 32, 32, 8, 2), 37120) for generation in (8, 9, 10)},
+    **{(generation, 4, 64): (Tiles(32, 16, 16, 4, 2), 26752) for generation in (8, 9, 10)},
     **{(generation, 4, 128): (Tiles(16, 16, 16, 8, 2), 33920) for generation in (8, 9, 10)},
     **{(generation, 4, 256): (Tiles(16, 16, 16, 8, 1), 66560) for generation in (8, 9, 10)},
 }

@@ -61,12 +61,13 @@ SMALLEST_SCALE = 1e-30
 
 # Chosen by what the compilers make of them (Triton 3.6 and 3.9; every pattern of SHIPPED_PATTERNS at head size 64 on
 # generation 9, row-32 and conv-64 otherwise), not by time: no row was measured on a GPU. The largest tiles that do not
-# spill, and of these what leaves room for most programs on a multiprocessor: at head size 64 on generation 9 four of
-# 128 registers, where windows of 64 take 150 to 210 and leave two or three. No 16-bit row of generation 9 spills in
-# either version; elsewhere ptxas spills at most ten words, for a rounder number of registers. float32 takes no tensor
-# cores, and small tiles, because a thread holds whole rows of the factors.
+# spill in either version, and of these what leaves room for most programs on a multiprocessor: at head size 64 on
+# generation 9 four of 128 registers, where windows of 64 take 150 to 210 and leave two or three. A bound above what is
+# needed keeps ptxas from spilling a few registers for a rounder number of them. Eight warps have 128 queries on
+# generation 9: with 64, both groups of four would compute all scores. float32 takes no tensor cores, and small tiles,
+# because a thread holds whole rows of the factors.
 TILES: TileTable = {
-    (8, 2, 16): (Tiles(64, 64, 32, 4, 2), 6144),
+    (8, 2, 16): (Tiles(64, 64, 32, 4, 2, max_registers=128), 6144),
     (8, 2, 32): (Tiles(64, 64, 32, 4, 2), 12288),
     (8, 2, 64): (Tiles(64, 64, 32, 4, 2), 24576),
     (8, 2, 128): (Tiles(64, 64, 32, 8, 2), 57344),
@@ -75,8 +76,8 @@ TILES: TileTable = {
     (9, 2, 32): (Tiles(64, 64, 32, 4, 2), 20480),
     (9, 2, 64): (Tiles(64, 64, 32, 4, 2, max_registers=128), 40960),
     (9, 2, 128): (Tiles(64, 64, 32, 4, 2), 81920),
-    (9, 2, 256): (Tiles(64, 32, 32, 8, 2), 98304),
-    (10, 2, 16): (Tiles(64, 64, 32, 4, 2), 10272),
+    (9, 2, 256): (Tiles(128, 32, 32, 8, 2), 131072),
+    (10, 2, 16): (Tiles(64, 64, 32, 4, 2, max_registers=128), 10272),
     (10, 2, 32): (Tiles(64, 64, 32, 4, 2), 20512),
     (10, 2, 64): (Tiles(64, 64, 32, 4, 2), 40992),
     (10, 2, 128): (Tiles(64, 64, 32, 4, 2), 81952),
@@ -84,7 +85,7 @@ TILES: TileTable = {
     **{(generation, 4, 16): (Tiles(32, 32, 32, 4, 2), 10368) for generation in (8, 9, 10)},
     **{(generation, 4, 32): (Tiles(32, 32, 32, 4, 2), 16384) for generation in (8, 9, 10)},
     **{(generation, 4, 64): (Tiles(32, 32, 32, 4, 2), 28800) for generation in (8, 9, 10)},
-    **{(generation, 4, 128): (Tiles(16, 16, 16, 4, 2), 25664) for generation in (8, 9, 10)},
+    **{(generation, 4, 128): (Tiles(32, 16, 16, 8, 2), 34944) for generation in (8, 9, 10)},
     **{(generation, 4, 256): (Tiles(32, 16, 16, 8, 1), 65536) for generation in (8, 9, 10)},
 }
 

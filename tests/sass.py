@@ -438,14 +438,14 @@ def table(record: dict[str, dict[str, Figures]]) -> str:
         row = [kernel, architecture, f"{f.tiles[0]} x {steps}" if steps else f"{f.tiles[0]}", f"{f.warps}, {f.stages}"]
         row += [str(record[v][name].registers) if name in record[v] else "" for v in (newest, *others)]
         row += [f"{f.shared / 1024:.0f} KB", str(f.programs), str(f.instructions)]
-        clocks = [_clocks(loop, f, int(architecture)) for loop in f.loops]
+        parts = [clocks(loop, f, int(architecture)) for loop in f.loops]
         row += [" / ".join(str(loop["instructions"]) for loop in f.loops)]
-        row += [" / ".join(f"{clock[kind]:.0f}" for clock in clocks) for kind in range(3)]
+        row += [" / ".join(f"{part[kind]:.0f}" for part in parts) for kind in range(3)]
         rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def _clocks(loop: dict[str, int], figures: Figures, architecture: int) -> tuple[float, float, float]:
+def clocks(loop: dict[str, int], figures: Figures, architecture: int) -> tuple[float, float, float]:
     """Of one step of a program, if it had the multiprocessor to itself: to issue, to multiply, to exponentiate."""
     # Four schedulers; multiplications of the tensor cores for 16 bits, or of the 128 lanes; 16 exponentials.
     macs = CHIPS[architecture].macs if figures.hgmma + figures.hmma else 128

@@ -1,0 +1,129 @@
+"""The least time an H200 could take for each attention kernel, from its machine code, its tiles and its traffic.
+
+    python tests/roofline.py    a table in Markdown, of the newest version of Triton in sass.json
+
+At the published size, B 8, H 62, D 64 in bfloat16. Four parts of the device could each be what takes longest:
+
+    issue    instructions of the loops, one a clock for each of the four schedulers of a multiprocessor
+    tensor   multiplications of all pairs the tiles compute, masked ones too
+    ex2      16 exponentials a clock and multiprocessor
+    memory   every input read once and every result written once
+
+The bound is the longest of them. Latency, the code outside the loops, traffic between L2 and the multiprocessors, and
+the last programs of a launch, which leave some multiprocessors idle, come on top.
+"""
+
+import sys
+
+import sass
+from dalle_fast.kernels import attention_backward, attention_forward
+from dalle_fast.kernels.common import (
+    COLUMN,
+    ROW_RASTER,
+    SHIPPED_PATTERNS,
+    Geometry,
+    Tiles,
+    num_image_tiles,
+    text_keys,
+    text_queries,
+    tile_geometry,
+    tile_window,
+)
+
+from dalle_fast.patterns import Column, Conv, Row
+
+ARCHITECTURE, BATCH, HEADS, HEAD_DIM, ITEMSIZE = 90, 8, 62, 64, 2
+# What a large matrix product and a large copy reach on an H200, and its clock under load: the usual measurements, none
+# of them this project's.
+MACS_PER_SECOND = 790e12 / 2
+BYTES_PER_SECOND = 4.3e12
+CLOCK = 1.85e9
+
+PATTERNS = {"row": Row, "column": Column, "conv": Conv}
+TABLES = {
+    "fwd": attention_forward.TILES,
+    "dq": attention_backward.DQ_TILES,
+    "dkdv": attention_backward.DKDV_TILES,
+}
+PRODUCTS = {"fwd": 2, "dq": 3, "dkdv": 4}
+TENSORS = {"fwd": 4, "dq": 6, "dkdv": 6}  # of the size of q: read and written
+
+
+def steps_of_loops(kernel: str, geometry: Geometry, tiles: Tiles) -> list[int]:
+    """Steps that all programs of one head take in each loop of the kernel, in the order of its code."""
+    later = kernel == "dkdv"
+    num_image = geometry.height * geometry.width
+    length = geometry.text_len + num_image
+    text = [0, 0]
+    starts = list(range(0, geometry.text_len, tiles.block))
+    image_tiles = num_image_tiles(num_image, tiles.block, geometry)
+    if later:
+        for start in starts:
+            first, causal_stop, last = text_queries.fn(
+                start, length, geometry.text_len, 0, 1, tiles.block, tiles.step
+            )  # fmt: skip
+            text[0] += causal_stop - first
+            text[1] += last - causal_stop
+    else:
+        for start in [*starts, *[geometry.text_len] * image_tiles]:
+            dense_stop, stop = text_keys.fn(start, length, geometry.text_len, tiles.block, tiles.step)
+            text[0] += dense_stop // tiles.step
+            text[1] += -(-(stop - dense_stop) // tiles.window_step) if stop > dense_stop else 0
+    window = [0, 0, 0]  # before the steps without a mask, those, after them
+    for tile in range(image_tiles):
+        _, begin, end, steps = tile_window.fn(tile, num_image, tiles.block, tiles.window_step, geometry, later)
+        for place, number in enumerate((begin, end - begin, steps - end)):
+            window[place] += number
+    if not geometry.dense:
+        return [*text, window[2]]
+    if geometry.rule == ROW_RASTER.value:
+        return [*text, *window]
+    assert geometry.rule == COLUMN.value
+    # A column's first query sees its first key, and its last key is seen by the last query.
+    return [*text, window[0], window[1]] if later else [*text, window[1], window[2]]
+
+
+def least_seconds(kernel: str, name: str, figures: sass.Figures) -> dict[str, float]:
+    """Each part's time for ``kernel`` on the pattern of SHIPPED_PATTERNS with this name."""
+    tiles, _ = TABLES[kernel][ARCHITECTURE // 10, ITEMSIZE, HEAD_DIM]
+    geometry = tile_geometry(SHIPPED_PATTERNS[name], tiles.block, tiles.window_step)
+    steps = steps_of_loops(kernel, geometry, tiles)
+    if len(steps) != len(figures.loops):
+        raise ValueError(f"{kernel} of {name} has {len(figures.loops)} loops in its machine code, not {len(steps)}")
+    chip, heads = sass.CHIPS[ARCHITECTURE], BATCH * HEADS
+    clocks = [sass.clocks(loop, figures, ARCHITECTURE) for loop in figures.loops]
+    issue, tensor, ex2 = (sum(n * clock[kind] for n, clock in zip(steps, clocks, strict=True)) for kind in range(3))
+    per_clock = heads / (chip.device.num_sms * CLOCK)
+    length = geometry.text_len + geometry.height * geometry.width
+    return {
+        "issue": issue * per_clock,
+        "tensor": tensor * chip.macs * heads / MACS_PER_SECOND,
+        "ex2": ex2 * per_clock,
+        "memory": TENSORS[kernel] * heads * length * HEAD_DIM * ITEMSIZE / BYTES_PER_SECOND,
+    }
+
+
+def table(record: dict[str, dict[str, sass.Figures]]) -> str:
+    """All kernels that sass.json has at this size, as Markdown; microseconds."""
+    version = max(record, key=lambda version: [int(n) for n in version.split(".")])
+    parts = ["issue", "tensor", "ex2", "memory"]
+    rows = [["kernel", "pattern", "useful", *parts, "bound", "by"], ["---", "---", *["--:"] * 6, "---"]]
+    for kernel in TABLES:
+        for name in SHIPPED_PATTERNS:
+            kind, _, side = name.partition("-")
+            figures = record[version].get(f"attention_{kernel}-{name}-{HEAD_DIM}-bfloat16-sm_{ARCHITECTURE}")
+            if kind not in PATTERNS or figures is None:
+                continue
+            seconds = least_seconds(kernel, name, figures)
+            pattern = PATTERNS[kind](SHIPPED_PATTERNS[name][1], int(side))
+            useful = pattern.nnz() * HEAD_DIM * PRODUCTS[kernel] * BATCH * HEADS / MACS_PER_SECOND
+            slowest = max(seconds, key=seconds.get)
+            numbers = [useful, *(seconds[part] for part in parts), seconds[slowest]]
+            micro = [f"{number * 1e6:,.0f}" for number in numbers]
+            rows.append([kernel, f"{kind}, {side} x {side}", *micro, slowest])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+if __name__ == "__main__":
+    print(table(sass.read_record()))
+    sys.exit(0)
