@@ -572,3 +572,74 @@ def test_bare_op_errors(change, message):
         torch.ops.dalle_fast.attention_forward_cpu(x, x, x, *common, x.clone(), lse)
     with pytest.raises(RuntimeError, match=message):
         torch.ops.dalle_fast.attention_backward_cpu(x, x, x, x, lse, x, None, *common, x.clone(), x.clone(), x.clone())
+
+
+def nan_of(bits: int) -> Tensor:
+    """A float32 NaN with these bits."""
+    return torch.tensor(bits - (bits >> 31 << 32), dtype=torch.int32).view(torch.float32)
+
+
+@pytest.mark.parametrize("bits", [0x7FC00000, 0x7FC00001, 0x7FFFFFFF, 0xFFD12345], ids=hex)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_nan_is_passed_on(level, dtype, bits):
+    # GPUs make other NaN than CPUs do.
+    pattern = Full(4, (3, 8))
+    positions = range(pattern.seq_len)
+    # Which rows of out, lse and dq, and of dk and dv: a query's own and those it sees, or those that see a key and all.
+    for number, row, queries, keys in ((0, 20, [20], positions[:21]), (1, 9, positions[9:], positions)):
+        tensors = make_tensors(torch.float32, 1, 2, pattern.seq_len, 16)
+        tensors[number][0, 1, row, 3] = nan_of(bits)
+        tensors = [*(tensor.to(dtype) for tensor in tensors[:4]), tensors[4]]
+        assert tensors[number].isnan().sum() == 1
+        out, lse, *grads = run_kernels(tensors, pattern)
+        for one in (out, lse):
+            expected = torch.zeros(one.shape, dtype=torch.bool)
+            expected[0, 1, queries] = True
+            assert torch.equal(one.isnan(), expected)
+        for grad, rows in zip(grads, (queries, keys, keys), strict=True):
+            assert grad[0, 1, rows].isnan().any(-1).all()
+            assert not grad[0, 0].isnan().any()
+
+
+@each_dtype
+def test_scores_below_any_threshold(level, dtype):
+    """Of 16 and more keys, all of the same very low score: the mean of those that are seen, and of no other."""
+    pattern = Full(0, (2, 20))
+    size = 2.0**7 if dtype == torch.float16 else 2.0**60
+    query, key = torch.full((2, 1, 1, pattern.seq_len, 16), size, dtype=dtype).unbind()
+    value, grad_out = torch.randn(2, 1, 1, pattern.seq_len, 16).to(dtype).unbind()
+    out, _, *grads = run_kernels([-query, key, value, grad_out, torch.zeros(1, 1, pattern.seq_len)], pattern, scale=1.0)
+    seen = torch.ones(pattern.seq_len, pattern.seq_len, dtype=torch.float64).tril()
+    mean = seen / seen.sum(-1, keepdim=True) @ value.double()
+    torch.testing.assert_close(out.double(), mean, rtol=0, atol=4 * torch.finfo(dtype).eps)
+    assert all(torch.isfinite(grad).all() for grad in grads[2:])
+
+
+def test_scores_of_minus_infinity(level):
+    """A key whose score is -inf has no weight, also where it is the first of many."""
+    pattern = Row(3, (4, 20))
+    tensors = make_tensors(torch.float32, 1, 1, pattern.seq_len, 4)
+    tensors[0][..., 0], tensors[1][..., 0] = -1.0, 0.0
+    tensors[1][0, 0, :2, 0] = math.inf
+    out, lse, _, _, grad_value = run_kernels(tensors, pattern)
+    finite = [tensor.clone() for tensor in tensors]
+    finite[1][0, 0, :2, 0] = 1e30  # its weight is 0, too
+    expected = run_kernels(finite, pattern)
+    for one, other in ((out, expected[0]), (lse, expected[1]), (grad_value[:, :, 2:], expected[4][:, :, 2:])):
+        assert torch.equal(one[:, :, 2:], other[:, :, 2:])
+        assert torch.isfinite(one[:, :, 2:]).all()
+
+
+def test_dilation_beyond_every_grid():
+    pattern = Conv(2, (3, 4), kernel_size=11, variant="clip", dilation=2**61)
+    alike = Conv(2, (3, 4), kernel_size=11, variant="clip", dilation=100)
+    tensors = make_tensors(torch.float32, 1, 1, pattern.seq_len, 8)
+    assert_same_bits(run_kernels(tensors, pattern), run_kernels(tensors, alike))
+
+
+def test_a_prefix_of_a_huge_grid():
+    """What is planned follows the prefix, not the grid."""
+    for make in (Row, Column, Conv):
+        huge, small = make(2, (2**20, 2**11)), make(2, (1, 2**11))
+        tensors = make_tensors(torch.float32, 1, 1, 7, 8)
+        assert_same_bits(run_kernels(tensors, huge), run_kernels(tensors, small))

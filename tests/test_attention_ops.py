@@ -350,6 +350,16 @@ def test_the_packed_gradient_is_one_tensor():
     assert not names & {"aten::cat", "aten::stack", "aten::copy_", "aten::add_", "aten::select_backward"}
 
 
+def test_key_heads_without_a_query_head():
+    query = torch.zeros(1, 0, SEQ_LEN, 8, requires_grad=True)
+    key, value = (torch.randn(1, 2, SEQ_LEN, 8, requires_grad=True) for _ in range(2))
+    for backend in ("cpp", "reference"):
+        out = attention(query, key, value, PATTERN, enable_gqa=True, backend=backend)
+        assert out.shape == query.shape
+        for grad in torch.autograd.grad(out.sum(), (key, value)):
+            assert (grad == 0).all()
+
+
 def test_inputs_changed_in_place_are_noticed():
     query, key, value = make_inputs()
     scaled = query * 1.0

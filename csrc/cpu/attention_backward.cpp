@@ -85,8 +85,7 @@ struct BackwardTile {
         rows_fit(!Math::kIsPair && sizes.type == StorageType::kFloat && args.key.row_stride == kRowBytes &&
                  args.value.row_stride == kRowBytes),
         text_memory(scratch, rows_fit ? 0 : sizes.text_len, sizes.head_dim),
-        image_memory(scratch, rows_fit || !sizes.plan->has_image_runs ? 0 : sizes.length - sizes.text_len,
-                     sizes.head_dim),
+        image_memory(scratch, rows_fit ? 0 : sizes.plan->max_image, sizes.head_dim),
         local_memory(scratch, sizes.plan->max_keys, sizes.head_dim) {
     query_rows = scratch.take(kTileQueries * units);
     queries = scratch.take(kTileQueries * units);
@@ -233,7 +232,7 @@ struct BackwardTile {
       float total = 0.0f;
       for (int lane = 0; lane < I::kLanes; ++lane) total += sum[lane];
       row_delta[i] = total - (args.grad_lse == nullptr ? 0.0f : args.grad_lse[flat]);
-      row_lse[i] = args.lse[flat];
+      row_lse[i] = args.lse[flat] == kMasked ? -kMasked : args.lse[flat];  // saw no key: all weights are 0
     }
     QueryTerms terms;
     for (int v = 0; v < kVectors; ++v) {
@@ -279,9 +278,7 @@ struct BackwardWorker {
       const int64_t visible_text = sizes.visible_text(b);
       tile.start_item(args->partial == nullptr ? nullptr : args->partial + item * 2 * sizes.length * tile.padded);
       const Panel text = tile.run_panel(b, key_head, 0, visible_text, tile.text_memory);
-      const Panel image = tile.run_panel(b, key_head, sizes.text_len,
-                                         sizes.plan->has_image_runs ? sizes.length - sizes.text_len : 0,
-                                         tile.image_memory);
+      const Panel image = tile.run_panel(b, key_head, sizes.text_len, sizes.plan->max_image, tile.image_memory);
       for (int64_t head = key_head * group; head < (key_head + 1) * group; ++head) {
         for (int64_t t = run * num_tiles / runs; t < (run + 1) * num_tiles / runs; ++t) {
           tile.run(sizes.plan->tiles[t], b, head, key_head, text, image, visible_text);

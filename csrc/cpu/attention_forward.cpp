@@ -87,7 +87,7 @@ struct ForwardTile {
         units(Rows::units(args_.sizes.head_dim)),
         value_stride(Math::kIsPair ? args_.sizes.head_dim : kStride) {
     const AttentionSizes& sizes = args.sizes;
-    const int64_t dense_keys = sizes.plan->has_image_runs ? sizes.length : sizes.text_len;
+    const int64_t dense_keys = sizes.text_len + sizes.plan->max_image;
     const int64_t local_keys = sizes.plan->max_keys;
     dense = {scratch.take(keeps_dense_in_place() ? 0 : dense_keys * kStride),
              scratch.take(keeps_dense_in_place() ? 0 : Rows::packed_rows(dense_keys) * value_stride)};
@@ -106,7 +106,7 @@ struct ForwardTile {
            args.value.row_stride == kBytes;
   }
   DALLE_FAST_INLINE bool keeps_dense_in_place() const {
-    return rows_fit() && (args.sizes.text_lens == nullptr || !args.sizes.plan->has_image_runs);
+    return rows_fit() && (args.sizes.text_lens == nullptr || args.sizes.plan->max_image == 0);
   }
 
   template <class Position>
@@ -129,7 +129,7 @@ struct ForwardTile {
   DALLE_FAST_INLINE Panel dense_panel(int64_t b, int64_t key_head, int64_t visible_text) {
     const AttentionSizes& sizes = args.sizes;
     if (keeps_dense_in_place()) return {args.key.floats(b, key_head, 0), args.value.floats(b, key_head, 0)};
-    const int64_t count = sizes.plan->has_image_runs ? visible_text + sizes.length - sizes.text_len : visible_text;
+    const int64_t count = visible_text + sizes.plan->max_image;
     return pack(b, key_head, count, [&](int64_t k) { return dense_position(k, visible_text, sizes.text_len); }, dense);
   }
 
@@ -140,8 +140,11 @@ struct ForwardTile {
     return pack(b, key_head, count, [&](int64_t k) { return keys[k]; }, local);
   }
 
+  // What is taken from the scores: their maximum, or 0 where no key is seen, for inf - inf is NaN.
+  static DALLE_FAST_INLINE Float finite_base(Float maximum) { return maximum == kMasked ? Float{} : maximum; }
+
   // Scores to weights, in place, or two rows of scores to one row of pairs.
-  DALLE_FAST_INLINE void exponentials(int64_t num_keys, const Float (&maxima)[kVectors], const float* from, float* to,
+  DALLE_FAST_INLINE void exponentials(int64_t num_keys, const Float (&base)[kVectors], const float* from, float* to,
                                       Float (&total)[kVectors]) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -150,8 +153,8 @@ struct ForwardTile {
       Float even{}, odd{};
       int64_t k = 0;
       for (; k + 2 <= num_keys; k += 2) {
-        const Float low = I::exp(I::load(in) - maxima[v]);
-        const Float high = I::exp(I::load(in + kTileQueries) - maxima[v]);
+        const Float low = I::exp(I::load(in) - base[v]);
+        const Float high = I::exp(I::load(in + kTileQueries) - base[v]);
         even += low;
         odd += high;
         if constexpr (Math::kIsPair) {
@@ -165,7 +168,7 @@ struct ForwardTile {
         in += 2 * kTileQueries;
       }
       if (k < num_keys) {
-        const Float low = I::exp(I::load(in) - maxima[v]);
+        const Float low = I::exp(I::load(in) - base[v]);
         even += low;
         if constexpr (Math::kIsPair) {
           I::store(out, Math::template interleave<I>(Math::template round<I>(low, Float{})));
@@ -237,8 +240,10 @@ struct ForwardTile {
       if (dense_done + local_done > 0) rescale(maximum, new_maximum, total);
       for (int v = 0; v < kVectors; ++v) maximum[v] = new_maximum[v];
 
-      exponentials(from_dense, maximum, scores, scores, total);
-      exponentials(from_local, maximum, local_scores, local_scores, total);
+      Float base[kVectors];
+      for (int v = 0; v < kVectors; ++v) base[v] = finite_base(maximum[v]);
+      exponentials(from_dense, base, scores, scores, total);
+      exponentials(from_local, base, local_scores, local_scores, total);
       constexpr int kStep = Rows::kRowsAtOnce;
       Loops::accumulate(dense_keys.values + dense_done / kStep * value_stride, value_stride, scores,
                         Rows::packed_rows(from_dense), head_dim, sums);
@@ -254,7 +259,7 @@ struct ForwardTile {
   DALLE_FAST_INLINE void rescale(const Float (&maximum)[kVectors], const Float (&new_maximum)[kVectors],
                                  Float (&total)[kVectors]) {
     for (int v = 0; v < kVectors; ++v) {
-      const Float factor = I::exp(maximum[v] - new_maximum[v]);
+      const Float factor = I::exp(maximum[v] - finite_base(new_maximum[v]));
       total[v] *= factor;
       for (int64_t d = 0; d < args.sizes.head_dim; ++d) {
         float* at = sums + d * kTileQueries + v * I::kLanes;
@@ -274,8 +279,9 @@ struct ForwardTile {
         float* at = sums + d * kTileQueries + v * I::kLanes;
         I::store(at, I::load(at) * inverse);
       }
-      const Float value = maximum[v] + I::log(total[v]);
-      I::store(lse + v * I::kLanes, empty ? I::splat(-__builtin_inff()) : value);
+      Float value = maximum[v] + I::log(total[v]);
+      value = total[v] == total[v] ? value : total[v];  // NaN
+      I::store(lse + v * I::kLanes, empty ? I::splat(kMasked) : value);
     }
     transpose_columns(sums, sizes.head_dim, out_rows, sizes.head_dim);
     for (int i = 0; i < tile.num_queries; ++i) {

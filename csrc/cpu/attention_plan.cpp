@@ -16,13 +16,13 @@ int64_t floor_mod(int64_t value, int64_t modulus) {
 }
 
 bool is_tap(int64_t offset, int64_t first, int64_t last, int64_t step) {
-  return offset % step == 0 && offset >= first * step && offset <= last * step;
+  return offset % step == 0 && offset / step >= first && offset / step <= last;
 }
 
 bool is_wrapped_tap(int64_t offset, int64_t half, int64_t step, int64_t side) {
-  const int64_t wrapped = floor_mod(offset, side);
+  const int64_t wrapped = floor_mod(offset, side), wrapped_step = step % side;
   for (int64_t tap = -half; tap <= half; ++tap) {
-    if (floor_mod(tap * step, side) == wrapped) return true;
+    if (floor_mod(tap % side * wrapped_step, side) == wrapped) return true;
   }
   return false;
 }
@@ -33,9 +33,10 @@ struct Tap {
   int32_t dc;
 };
 
-std::vector<Tap> taps_of(const AttentionPattern& pattern) {
+// Those within the first `rows` rows of the image.
+std::vector<Tap> taps_of(const AttentionPattern& pattern, int64_t rows) {
   std::vector<Tap> taps;
-  for (int64_t dr = 0; dr < pattern.height; ++dr) {
+  for (int64_t dr = 0; dr < rows; ++dr) {
     for (int64_t dc = dr == 0 ? 0 : 1 - pattern.width; dc < pattern.width; ++dc) {
       if (pattern.reaches(dr, dc)) taps.push_back({static_cast<int32_t>(dr), static_cast<int32_t>(dc)});
     }
@@ -43,31 +44,39 @@ std::vector<Tap> taps_of(const AttentionPattern& pattern) {
   return taps;
 }
 
+// The part of the image that a prefix of the sequence reaches.
+struct Image {
+  int64_t rows, width, length;
+
+  Image(const AttentionPattern& pattern, int64_t image_length)
+      : rows((image_length + pattern.width - 1) / pattern.width), width(pattern.width), length(image_length) {}
+};
+
 // How 16 image queries are chosen: a patch of rows x columns, or 16 in raster order.
 struct Shape {
   int64_t rows;
   int64_t columns;
   bool is_raster;
 
-  int64_t num_tiles(const AttentionPattern& pattern) const {
-    if (is_raster) return (pattern.height * pattern.width + kTileQueries - 1) / kTileQueries;
-    return ((pattern.height + rows - 1) / rows) * ((pattern.width + columns - 1) / columns);
+  int64_t num_tiles(const Image& image) const {
+    if (is_raster) return (image.length + kTileQueries - 1) / kTileQueries;
+    return ((image.rows + rows - 1) / rows) * ((image.width + columns - 1) / columns);
   }
 
   // Raster positions of the queries of tile `index`; patches go down the columns first.
-  std::vector<int32_t> queries(const AttentionPattern& pattern, int64_t index, int64_t image_length) const {
+  std::vector<int32_t> queries(const Image& image, int64_t index) const {
     std::vector<int32_t> found;
     if (is_raster) {
-      const int64_t end = std::min((index + 1) * kTileQueries, image_length);
+      const int64_t end = std::min((index + 1) * kTileQueries, image.length);
       for (int64_t p = index * kTileQueries; p < end; ++p) found.push_back(static_cast<int32_t>(p));
       return found;
     }
-    const int64_t down = (pattern.height + rows - 1) / rows;
+    const int64_t down = (image.rows + rows - 1) / rows;
     const int64_t row0 = index % down * rows, column0 = index / down * columns;
-    for (int64_t r = row0; r < std::min(row0 + rows, pattern.height); ++r) {
-      for (int64_t c = column0; c < std::min(column0 + columns, pattern.width); ++c) {
-        const int64_t p = r * pattern.width + c;
-        if (p < image_length) found.push_back(static_cast<int32_t>(p));
+    for (int64_t r = row0; r < std::min(row0 + rows, image.rows); ++r) {
+      for (int64_t c = column0; c < std::min(column0 + columns, image.width); ++c) {
+        const int64_t p = r * image.width + c;
+        if (p < image.length) found.push_back(static_cast<int32_t>(p));
       }
     }
     return found;
@@ -77,20 +86,20 @@ struct Shape {
 // Collects the image keys that a set of image queries sees.
 class KeyCollector {
  public:
-  KeyCollector(const AttentionPattern& pattern, const std::vector<Tap>& taps)
-      : pattern_(pattern), taps_(taps), lanes_(pattern.height * pattern.width, 0) {}
+  KeyCollector(const Image& image, const std::vector<Tap>& taps)
+      : image_(image), taps_(taps), lanes_(image.rows * image.width, 0) {}
 
   // Raster positions of the keys, ascending; lanes(key) says which queries see one, until the next call.
   const std::vector<int32_t>& collect(const std::vector<int32_t>& queries) {
     for (const int32_t key : keys_) lanes_[key] = 0;
     keys_.clear();
     for (size_t lane = 0; lane < queries.size(); ++lane) {
-      const int64_t row = queries[lane] / pattern_.width, column = queries[lane] % pattern_.width;
+      const int64_t row = queries[lane] / image_.width, column = queries[lane] % image_.width;
       for (const Tap& tap : taps_) {
         const int64_t r = row - tap.dr, c = column - tap.dc;
         if (r < 0) break;  // taps are sorted by dr
-        if (c < 0 || c >= pattern_.width) continue;
-        const int64_t key = r * pattern_.width + c;
+        if (c < 0 || c >= image_.width) continue;
+        const int64_t key = r * image_.width + c;
         if (lanes_[key] == 0) keys_.push_back(static_cast<int32_t>(key));
         lanes_[key] |= static_cast<uint16_t>(1u << lane);
       }
@@ -102,25 +111,24 @@ class KeyCollector {
   uint16_t lanes(int32_t key) const { return lanes_[key]; }
 
  private:
-  const AttentionPattern& pattern_;
+  const Image& image_;
   const std::vector<Tap>& taps_;
   std::vector<uint16_t> lanes_;
   std::vector<int32_t> keys_;
 };
 
 // The shape with the fewest keys in all, by a sample of its tiles.
-Shape best_shape(const AttentionPattern& pattern, KeyCollector& collector) {
+Shape best_shape(const AttentionPattern& pattern, const Image& image, KeyCollector& collector) {
   constexpr Shape kShapes[] = {{1, 16, true}, {1, 16, false}, {2, 8, false}, {4, 4, false}, {8, 2, false}, {16, 1, false}};
   constexpr int64_t kSamples = 64;
-  const int64_t image_len = pattern.height * pattern.width;
   Shape best = kShapes[0];
   double best_cost = 0;
   for (const Shape& shape : kShapes) {
-    const int64_t num_tiles = shape.num_tiles(pattern);
+    const int64_t num_tiles = shape.num_tiles(image);
     const int64_t step = (num_tiles / kSamples) | 1;  // odd, not to meet one row of the grid only
     int64_t keys = 0, sampled = 0;
     for (int64_t index = 0; index < num_tiles; index += step, ++sampled) {
-      keys += static_cast<int64_t>(collector.collect(shape.queries(pattern, index, image_len)).size());
+      keys += static_cast<int64_t>(collector.collect(shape.queries(image, index)).size());
     }
     const double cost = static_cast<double>(num_tiles) * (static_cast<double>(keys) / sampled + pattern.text_len);
     if (&shape == kShapes || cost < best_cost) {
@@ -155,12 +163,13 @@ void add_causal_tiles(AttentionPlan& plan, const AttentionPattern& pattern, int6
 }
 
 void add_image_tiles(AttentionPlan& plan, const AttentionPattern& pattern, int64_t image_length) {
-  const std::vector<Tap> taps = taps_of(pattern);
-  KeyCollector collector(pattern, taps);
-  const Shape shape = best_shape(pattern, collector);
-  const int64_t num_tiles = shape.num_tiles(pattern);
+  const Image image(pattern, image_length);
+  const std::vector<Tap> taps = taps_of(pattern, image.rows);
+  KeyCollector collector(image, taps);
+  const Shape shape = best_shape(pattern, image, collector);
+  const int64_t num_tiles = shape.num_tiles(image);
   for (int64_t index = 0; index < num_tiles; ++index) {
-    const std::vector<int32_t> queries = shape.queries(pattern, index, image_length);
+    const std::vector<int32_t> queries = shape.queries(image, index);
     if (queries.empty()) continue;
     const auto all = static_cast<uint16_t>((1u << queries.size()) - 1);
     AttentionTile tile{};
@@ -198,7 +207,7 @@ std::shared_ptr<const AttentionPlan> make_plan(const AttentionPattern& pattern, 
   }
   for (const AttentionTile& tile : plan->tiles) {
     plan->max_keys = std::max(plan->max_keys, tile.num_keys);
-    plan->has_image_runs |= tile.num_image > 0;
+    plan->max_image = std::max(plan->max_image, tile.num_image);
   }
   return plan;
 }

@@ -47,7 +47,7 @@ struct AttentionPlan {
   std::vector<int32_t> keys;    // ascending within a tile
   std::vector<uint16_t> lanes;  // bit i: the tile's query i sees the key
   int32_t max_keys = 0;         // longest list of a tile
-  bool has_image_runs = false;  // whether num_image is ever above 0
+  int32_t max_image = 0;        // longest image run of a tile
 };
 
 // The plan of the first `length` positions; the last few plans are kept.

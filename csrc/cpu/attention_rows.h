@@ -22,14 +22,15 @@
 
 namespace dalle_fast {
 
-// Storage types; arithmetic is float32.
+// Storage types; arithmetic is float32. Rows of them are also read and written in memory for floats.
 enum class StorageType { kFloat, kHalf, kBfloat16 };
-struct Half {
+struct __attribute__((may_alias)) Half {
   uint16_t bits;
 };
-struct Bfloat16 {
+struct __attribute__((may_alias)) Bfloat16 {
   uint16_t bits;
 };
+typedef uint32_t BfloatPair __attribute__((may_alias));
 
 DALLE_FAST_INLINE float float_of_bits(uint32_t bits) {
   float value;
@@ -195,7 +196,7 @@ struct PairRows {
   }
   // The second row may be null: zeros.
   static DALLE_FAST_INLINE void load_packed(const char* const (&rows)[2], StorageType, int64_t head_dim, float* to) {
-    auto* units = reinterpret_cast<uint32_t*>(to);
+    auto* units = reinterpret_cast<BfloatPair*>(to);
     const auto *low = reinterpret_cast<const Bfloat16*>(rows[0]), *high = reinterpret_cast<const Bfloat16*>(rows[1]);
     if (high == nullptr) {
       for (int64_t d = 0; d < head_dim; ++d) units[d] = low[d].bits;
@@ -217,12 +218,14 @@ class Scratch {
     const size_t bytes = (static_cast<size_t>(std::max<int64_t>(count, 0)) * sizeof(float) + 63) / 64 * 64;
     float* piece = base_ == nullptr ? nullptr : reinterpret_cast<float*>(base_.get() + used_);
     used_ += bytes;
+    if (base_ != nullptr && used_ > size_) throw std::logic_error("scratch memory was counted too small");
     return piece;
   }
 
   void allocate() {
     base_.reset(static_cast<char*>(std::aligned_alloc(64, std::max<size_t>(used_, 64))));
     if (base_ == nullptr) throw std::bad_alloc();
+    size_ = used_;
     used_ = 0;
   }
 
@@ -231,7 +234,7 @@ class Scratch {
     void operator()(char* p) const { std::free(p); }
   };
   std::unique_ptr<char, Free> base_;
-  size_t used_ = 0;
+  size_t used_ = 0, size_ = 0;
 };
 
 // Numbers to be worked off by all threads, whoever is free next.

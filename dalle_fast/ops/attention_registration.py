@@ -51,6 +51,8 @@ def _run_forward(query, key, value, out, lse, text_lens, pattern, scale, backend
 def _run_backward(saved, grad_out, grad_lse, grads, text_lens, pattern, scale, backend) -> None:
     """Fill ``grads``, of query, key and value; ``saved`` is query, key, value, out, lse."""
     if saved[0].numel() == 0:
+        for grad in grads:  # of keys that no query head has
+            grad.zero_()
         return
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
