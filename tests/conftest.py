@@ -1,9 +1,24 @@
 """Every test starts from the same random state; what the tests of training runs start from."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
+
+
+def pytest_runtest_logfinish(nodeid, location):
+    """End a worker process of pytest-xdist whose GPU gave up, so that another one takes over the tests after it.
+
+    An illegal access makes every later call of its process fail.
+    """
+    if "PYTEST_XDIST_WORKER" not in os.environ or not torch.cuda.is_initialized():
+        return
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError as error:
+        print(f"after {nodeid}: {error}", flush=True)
+        os._exit(1)
 
 
 @pytest.fixture(autouse=True)

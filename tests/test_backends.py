@@ -64,7 +64,7 @@ def test_cpp_on_cuda_names_the_missing_half(monkeypatch):
 
 
 def test_triton_that_is_not_installed_is_named(monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "has_triton", False)
     for device in (CPU, GPU):
         assert not backends.has_triton_backend(device)
         with pytest.raises(RuntimeError, match=r"triton is not installed; .* pip install triton"):
@@ -91,6 +91,14 @@ def test_triton_on_old_and_new_gpus(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     backends.require_triton_backend(GPU)
     assert backends.has_triton_backend(GPU)
+
+
+@needs_triton
+def test_triton_on_amd_gpus(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    assert not backends.has_triton_backend(GPU)
+    with pytest.raises(RuntimeError, match=r'for NVIDIA GPUs and .* use backend="auto"'):
+        backends.require_triton_backend(GPU)
 
 
 def test_available_has_a_cause_for_everything_missing():

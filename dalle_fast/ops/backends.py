@@ -25,8 +25,10 @@ def _import_extension() -> tuple[ModuleType | None, ImportError | None]:
         return None, error
 
 
-# Imported once, with this module: torch.compile cannot trace an import, but reads these names as constants.
+# Found out once, with this module: torch.compile can trace neither an import nor the search for a module, but reads
+# these names as constants.
 extension, extension_error = _import_extension()
+has_triton: bool = importlib.util.find_spec("triton") is not None
 has_cuda_extension: bool = extension is not None and bool(extension.build_info()["cuda_architectures"])
 
 
@@ -70,10 +72,13 @@ def require_cpp_backend(device: torch.device) -> None:
 
 def _missing_for_triton(device: torch.device) -> str | None:
     """Why Triton kernels cannot run on tensors of ``device``, or None where they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not has_triton:
         return "triton is not installed; it comes with torch for CUDA, or: pip install triton"
     if device.type == "cuda":
-        if torch.version.hip is None and torch.cuda.get_device_capability(device) < OLDEST_GPU:
+        if torch.version.hip is not None:
+            return 'the kernels are for NVIDIA GPUs and their tiles do not compile for AMD ones; use backend="auto"'
+        # What dynamo cannot trace, it is not asked for; an older GPU then names itself when Triton compiles.
+        if not torch.compiler.is_compiling() and torch.cuda.get_device_capability(device) < OLDEST_GPU:
             found = ".".join(map(str, torch.cuda.get_device_capability(device)))
             return f'the GPU needs compute capability 8.0 or newer, got {found}; use backend="auto"'
         return None
