@@ -14,4 +14,11 @@ STABLE_TORCH_LIBRARY(dalle_fast, m) {
       "attention_backward_cpu(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor grad_out, "
       "Tensor? grad_lse, Tensor? text_lens, int[] pattern, float scale, Tensor(a!) grad_query, Tensor(b!) grad_key, "
       "Tensor(c!) grad_value) -> ()");
+  m.def(
+      "gumbel_forward_cpu(Tensor logits, Tensor? codebook, Tensor seed, float tau, Tensor(a!) stats, "
+      "Tensor(b!) indices, Tensor(c!) kl, Tensor(d!)? relaxed) -> ()");
+  m.def("gumbel_weights_cpu(Tensor logits, Tensor seed, float tau, Tensor stats, Tensor(a!) weights) -> ()");
+  m.def(
+      "gumbel_backward_cpu(Tensor logits, Tensor codebook, Tensor seed, float tau, Tensor stats, Tensor relaxed, "
+      "Tensor grad_relaxed, Tensor? grad_kl, Tensor(a!)? grad_logits, Tensor(b!)? grad_codebook) -> ()");
 }

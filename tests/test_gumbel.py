@@ -6,14 +6,15 @@ import re
 import numpy as np
 import pytest
 import torch
-from helpers import assert_within_budget
+from helpers import assert_within_budget, needs_extension
 from torch.nn import functional as F
 
 from dalle_fast import reference
+from dalle_fast.ops import backends
 from dalle_fast.ops.gumbel import gumbel_quantize, gumbel_softmax
 from dalle_fast.reference.gumbel import philox
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "reference", pytest.param("cpp", marks=needs_extension))
 each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 
@@ -118,24 +119,29 @@ def test_codes_follow_the_softmax(backend):
     assert chi_square < 20.52
 
 
+def widest(backend) -> torch.dtype:
+    """The widest dtype that ``backend`` takes."""
+    return torch.float32 if backend == "cpp" else torch.float64
+
+
 @each_backend
 @pytest.mark.parametrize("dim", [0, 1, -1])
 def test_softmax_of_perturbed_logits(backend, dim):
-    logits = torch.randn(5, 140, 3, dtype=torch.float64)
+    logits = torch.randn(5, 140, 3, dtype=widest(backend))
     noise = reference.gumbel_noise(5, logits.movedim(dim, -1).shape, dtype=torch.float64)
-    perturbed = logits + noise.movedim(-1, dim)
+    perturbed = logits.double() + noise.movedim(-1, dim)
     soft = gumbel_softmax(logits, 0.4, dim=dim, seed=5, backend=backend)
-    torch.testing.assert_close(soft, torch.softmax(perturbed / 0.4, dim))
+    torch.testing.assert_close(soft, torch.softmax(perturbed / 0.4, dim).to(logits.dtype))
     hard = gumbel_softmax(logits, 0.4, True, dim, seed=5, backend=backend)
     one_hot = F.one_hot(perturbed.argmax(dim), logits.shape[dim]).movedim(-1, dim)
-    assert torch.equal(hard, one_hot.double())
+    assert torch.equal(hard, one_hot.to(logits.dtype))
 
 
 @each_backend
 def test_quantize(backend):
     logits, codebook = (
-        torch.randn(2, 150, 3, 4, dtype=torch.float64),
-        torch.randn(150, 7, dtype=torch.float64),
+        torch.randn(2, 150, 3, 4, dtype=widest(backend)),
+        torch.randn(150, 7, dtype=widest(backend)),
     )
     soft = gumbel_softmax(logits, 0.7, dim=1, seed=9, backend=backend)
     out = gumbel_quantize(logits, codebook, 0.7, seed=9, backend=backend)
@@ -167,10 +173,10 @@ def plain_quantize(logits, codebook, noise):
 @each_backend
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_error_budget(backend, dtype):
-    wide = [torch.randn(40, 200, dtype=torch.float64) * 4, torch.randn(200, 16, dtype=torch.float64)]
+    wide = [torch.randn(1000, 200, dtype=torch.float64) * 4, torch.randn(200, 16, dtype=torch.float64)]
     narrow = [tensor.to(dtype).requires_grad_() for tensor in wide]
     wide = [tensor.detach().double().requires_grad_() for tensor in narrow]
-    noise = reference.gumbel_noise(2, (40, 200), dtype=torch.float64)
+    noise = reference.gumbel_noise(2, (1000, 200), dtype=torch.float64)
     out = gumbel_quantize(*narrow, 0.5, dim=-1, seed=2, backend=backend)
     peer, truth = plain_quantize(*narrow, noise.to(dtype)), plain_quantize(*wide, noise)
     assert out.quantized.dtype == dtype and out.kl.dtype == torch.float32
@@ -186,7 +192,7 @@ def test_error_budget(backend, dtype):
                 assert_within_budget(grad, peer_grad, true_grad)
 
 
-@each_backend
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_gradients(backend):
     logits = torch.randn(2, 5, 3, dtype=torch.float64, requires_grad=True)
     codebook = torch.randn(5, 4, dtype=torch.float64, requires_grad=True)
@@ -201,8 +207,8 @@ def test_gradients(backend):
 
 @each_backend
 def test_hard_has_the_gradient_of_soft(backend):
-    logits = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
-    upstream = torch.randn(6, 5, dtype=torch.float64)
+    logits = torch.randn(6, 5, dtype=widest(backend), requires_grad=True)
+    upstream = torch.randn(6, 5, dtype=widest(backend))
     soft, hard = (
         torch.autograd.grad(gumbel_softmax(logits, 0.8, hard, seed=1, backend=backend), logits, upstream)[0]
         for hard in (False, True)
@@ -221,10 +227,10 @@ def test_stride_0_gradient(backend):
 
 @each_backend
 def test_impossible_codes(backend):
-    logits = torch.randn(50, 6, dtype=torch.float64)
+    logits = torch.randn(50, 6, dtype=widest(backend))
     logits[:, 2] = -math.inf
     logits.requires_grad_()
-    out = gumbel_quantize(logits, torch.randn(6, 3, dtype=torch.float64), dim=-1, seed=1, backend=backend)
+    out = gumbel_quantize(logits, torch.randn(6, 3, dtype=logits.dtype), dim=-1, seed=1, backend=backend)
     assert not (out.indices == 2).any()
     possible = torch.cat([logits[:, :2], logits[:, 3:]], dim=1)
     q = torch.softmax(possible, -1)
@@ -276,9 +282,9 @@ def test_autocast_keeps_float32():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = gumbel_quantize(logits, codebook, dim=-1, seed=5)
         mixed = gumbel_quantize(logits.bfloat16(), codebook, dim=-1, seed=5)
-        assert torch.equal(
-            gumbel_softmax(logits, seed=5), torch.softmax(logits + reference.gumbel_noise(5, (4, 50)), -1)
-        )
+        soft = gumbel_softmax(logits, seed=5)
+    assert soft.dtype == torch.float32
+    torch.testing.assert_close(soft, torch.softmax(logits + reference.gumbel_noise(5, (4, 50)), -1))
     assert torch.equal(out.quantized, expected.quantized)
     assert mixed.quantized.dtype == torch.float32
 
@@ -345,10 +351,21 @@ def test_codebook_errors(codebook, error, message):
         gumbel_quantize(LOGITS, codebook)
 
 
-@pytest.mark.parametrize("backend", ["triton", "cpp"])
-def test_missing_backends(backend):
-    rest = 'is not part of this version; use backend="auto"'
-    with pytest.raises(RuntimeError, match=f'backend "{backend}" of gumbel_softmax {rest}'):
-        gumbel_softmax(LOGITS, backend=backend)
-    with pytest.raises(RuntimeError, match=f'backend "{backend}" of gumbel_quantize {rest}'):
-        gumbel_quantize(LOGITS, CODEBOOK, backend=backend)
+def test_missing_backends(monkeypatch):
+    with pytest.raises(RuntimeError, match='"triton" of gumbel_softmax is not part of this version; use backend='):
+        gumbel_softmax(LOGITS, backend="triton")
+    with pytest.raises(RuntimeError, match='"triton" of gumbel_quantize is not part of this version; use backend='):
+        gumbel_quantize(LOGITS, CODEBOOK, backend="triton")
+    with pytest.raises(TypeError, match=r'"cpp" of gumbel_softmax takes float32, float16 and bfloat16, got torch\.f'):
+        gumbel_softmax(LOGITS.double(), backend="cpp")
+    monkeypatch.setattr(backends, "extension", None)
+    monkeypatch.setattr(backends, "extension_error", ImportError("undefined symbol: torch_x"))
+    with pytest.raises(RuntimeError, match=r"undefined symbol: torch_x.*pip install --no-build-isolation \."):
+        gumbel_quantize(LOGITS, CODEBOOK, backend="cpp")
+    assert gumbel_softmax(LOGITS, dim=1).shape == LOGITS.shape
+
+
+@needs_extension
+def test_cpp_on_another_device():
+    with pytest.raises(RuntimeError, match='backend="cpp" runs on cpu and cuda tensors, got a tensor on meta'):
+        gumbel_quantize(LOGITS.to("meta"), CODEBOOK.to("meta"), backend="cpp")

@@ -12,28 +12,14 @@ derivative.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dalle_fast.ops.registration import define_op
+
 _FORWARD_ARGS = "Tensor? text_lens, int[] pattern, float scale, str backend"
-
-# Defined with Library and not with torch.library.custom_op, whose first call imports the compiler, for a second.
-_library = torch.library.Library("dalle_fast", "FRAGMENT")
-
-
-def _op(schema: str) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
-    """Make a function the op ``schema`` of every device, which returns new tensors and leaves its arguments alone."""
-
-    def define(function: Callable[..., Any]) -> torch._ops.OpOverload:
-        name = schema.partition("(")[0]
-        _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
-        _library.impl(name, function, "CompositeExplicitAutograd")
-        return getattr(torch.ops.dalle_fast, name).default
-
-    return define
 
 
 def _run_forward(query, key, value, out, lse, text_lens, pattern, scale, backend) -> None:
@@ -86,14 +72,14 @@ def _unpack(qkv: Tensor) -> tuple[Tensor, ...]:
     return qkv.permute(2, 0, 3, 1, 4).unbind(0)
 
 
-@_op(f"attention(Tensor query, Tensor key, Tensor value, {_FORWARD_ARGS}) -> (Tensor out, Tensor lse)")
+@define_op(f"attention(Tensor query, Tensor key, Tensor value, {_FORWARD_ARGS}) -> (Tensor out, Tensor lse)")
 def attention(query, key, value, text_lens, pattern, scale, backend):
     out, lse = _empty_outputs(query)
     _run_forward(query, key, value, out, lse, text_lens, pattern, scale, backend)
     return out, lse
 
 
-@_op(
+@define_op(
     "attention_backward(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor grad_out, "
     f"Tensor? grad_lse, {_FORWARD_ARGS}) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value)"
 )
@@ -104,14 +90,14 @@ def _attention_backward(query, key, value, out, lse, grad_out, grad_lse, text_le
     return grads
 
 
-@_op(f"attention_qkvpacked(Tensor qkv, {_FORWARD_ARGS}) -> (Tensor out, Tensor lse)")
+@define_op(f"attention_qkvpacked(Tensor qkv, {_FORWARD_ARGS}) -> (Tensor out, Tensor lse)")
 def attention_qkvpacked(qkv, text_lens, pattern, scale, backend):
     out, lse = _empty_packed_outputs(qkv)
     _run_forward(*_unpack(qkv), out.transpose(1, 2), lse, text_lens, pattern, scale, backend)
     return out, lse
 
 
-@_op(
+@define_op(
     f"attention_qkvpacked_backward(Tensor qkv, Tensor out, Tensor lse, Tensor grad_out, {_FORWARD_ARGS}) "
     "-> Tensor grad_qkv"
 )

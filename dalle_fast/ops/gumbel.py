@@ -1,8 +1,8 @@
 """Gumbel-softmax sampling and quantisation: the public ops.
 
-What they compute is defined by ``dalle_fast.reference.gumbel``; this module checks the arguments. The noise
-is a function of (seed, position, code) alone, so a seed gives the same sample on every backend and device, up
-to rounding.
+What they compute is defined by ``dalle_fast.reference.gumbel``; this module checks the arguments and picks the
+implementation: the C++ kernels on a CPU, which keep neither noise nor weights, and else the reference. The noise is a
+function of (seed, position, code) alone, so a seed gives the same sample on every backend and device, up to rounding.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dalle_fast import reference
+from dalle_fast.ops import backends, gumbel_registration
 from dalle_fast.ops.checks import (
     cast_under_autocast,
     check_backend,
@@ -21,6 +22,10 @@ from dalle_fast.ops.checks import (
     without_autocast,
 )
 from dalle_fast.reference import GumbelOutput
+from dalle_fast.reference.gumbel import draw_seed
+
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_KERNEL_BACKENDS = ("cpp",)
 
 __all__ = ["GumbelOutput", "gumbel_quantize", "gumbel_softmax"]
 
@@ -43,23 +48,30 @@ def gumbel_softmax(
         dim: the code dimension.
         seed: in [0, 2^64), or an int64 tensor of no dimensions, >= 0; None draws one from PyTorch's default
             generator, so that torch.manual_seed decides it.
-        backend: "auto" or "reference".
+        backend: "auto", the fastest there is; "cpp", CPU tensors of float32, float16 or bfloat16; "reference", any.
 
     Returns:
         logits' shape and dtype. Noise and softmax are computed in float32 or wider, autocast or not.
 
     Raises:
         ValueError: tau or seed out of range, no such dimension, no codes in it, or a position whose logits
-            are all -inf (found by one reduction and, on an accelerator, a synchronisation; not looked for
-            under torch.compile, where such a position becomes NaN).
-        TypeError: logits are not floating point, or seed is of another type.
+            are all -inf (on an accelerator found by a reduction and a synchronisation; not looked for under
+            torch.compile, where such a position becomes NaN).
+        TypeError: logits are not floating point, or float64 for a backend without it; seed is of another type.
         RuntimeError: a backend that is not there.
 
     Source: arXiv 2102.12092, section 2.1.
     """
-    check_backend("gumbel_softmax", backend)
+    check_backend("gumbel_softmax", backend, _KERNEL_BACKENDS)
     check_floating(logits=logits)
     _check_draw(logits, tau, dim, seed)
+    kernel = _choose_kernel("gumbel_softmax", backend, logits)
+    if kernel is not None:
+        op = gumbel_registration.gumbel_softmax
+        weights, stats = op(logits, _seed_tensor(seed), float(tau), hard, dim, kernel)
+        _check_maxima(stats[0])
+        return weights
+    _check_positions(logits, dim)
     return reference.gumbel_softmax(logits, tau, hard, dim, seed=seed)
 
 
@@ -96,13 +108,20 @@ def gumbel_quantize(
 
     Source: arXiv 2102.12092, section 2.1 and appendix A.2.
     """
-    check_backend("gumbel_quantize", backend)
+    check_backend("gumbel_quantize", backend, _KERNEL_BACKENDS)
     logits, codebook = cast_under_autocast(logits, codebook, dtype=torch.float32)
     check_floating(logits=logits, codebook=codebook)
     _check_draw(logits, tau, dim, seed)
     num_codes = logits.shape[dim]
     if codebook.dim() != 2 or codebook.shape[0] != num_codes:
         raise ValueError(f"codebook must have shape ({num_codes}, D), got {shape_of(codebook)}")
+    kernel = _choose_kernel("gumbel_quantize", backend, logits)
+    if kernel is not None:
+        op = gumbel_registration.gumbel_quantize
+        quantized, indices, kl, stats, _ = op(logits, codebook, _seed_tensor(seed), float(tau), hard, dim, kernel)
+        _check_maxima(stats[0])
+        return GumbelOutput(quantized, indices, kl)
+    _check_positions(logits, dim)
     with without_autocast(logits.device):
         return reference.gumbel_quantize(logits, codebook, tau, hard=hard, dim=dim, seed=seed)
 
@@ -115,9 +134,45 @@ def _check_draw(logits: Tensor, tau: float, dim: int, seed: int | Tensor | None)
     if logits.shape[dim] == 0:
         raise ValueError(f"logits must have at least one code in dimension {dim}, got shape {shape_of(logits)}")
     _check_seed(seed)
-    if torch.compiler.is_compiling() or logits.is_meta:
+
+
+def _choose_kernel(op: str, backend: str, logits: Tensor) -> str | None:
+    """The kernels that ``backend`` means for ``logits``, "cpp"; None is plain PyTorch."""
+    is_taken, is_cpu = logits.dtype in _KERNEL_DTYPES, logits.device.type == "cpu"
+    if backend == "auto":
+        return "cpp" if is_taken and is_cpu and backends.has_cpp_backend(logits.device) else None
+    if backend == "reference":
+        return None
+    if not is_taken:
+        raise TypeError(
+            f'backend "{backend}" of {op} takes float32, float16 and bfloat16, got {logits.dtype}; '
+            'use backend="reference"'
+        )
+    backends.require_cpp_backend(logits.device)
+    if not is_cpu:
+        raise RuntimeError(f'backend "cpp" of {op} runs on cpu tensors, got {logits.device}; use backend="auto"')
+    return backend
+
+
+def _seed_tensor(seed: int | Tensor | None) -> Tensor:
+    """The seed as an int64 tensor on the CPU, of which the kernels read the bits."""
+    if seed is None:
+        return draw_seed()
+    if isinstance(seed, Tensor):
+        return seed.cpu()
+    return torch.tensor(seed if seed < 2**63 else seed - 2**64)
+
+
+def _check_positions(logits: Tensor, dim: int) -> None:
+    if not torch.compiler.is_compiling() and not logits.is_meta:
+        _check_maxima(logits.detach().amax(dim))
+
+
+def _check_maxima(maxima: Tensor) -> None:
+    """Raise where the largest logit of a position, with noise or without, is -inf."""
+    if torch.compiler.is_compiling() or type(maxima) is not Tensor:  # a fake tensor has no values
         return
-    impossible = logits.detach().amax(dim) == -math.inf
+    impossible = maxima == -math.inf
     if impossible.any():
         count = int(impossible.sum())
         raise ValueError(f"logits must have a code above -inf at each position, got {count} without")
