@@ -71,8 +71,10 @@ def gradients(quantize: Quantize, logits: Tensor, codebook: Tensor, upstream: Te
     return torch.autograd.grad((quantized, kl), (logits, codebook), (upstream, weight))
 
 
-def assert_quantizes(quantize: Quantize, sizes: Sizes) -> None:
+@functools.cache
+def assert_quantizes(name: str, sizes: Sizes) -> None:
     """Where one code stands out beyond all noise, it, its row and their gradients must come out."""
+    quantize = QUANTIZERS[name]()
     codes = torch.randint(sizes.codes, (sizes.positions,))
     logits = (PEAK * F.one_hot(codes, sizes.codes)).requires_grad_()
     codebook = torch.randn(sizes.codes, sizes.dim, requires_grad=True)
@@ -108,15 +110,15 @@ def make_call(name: str, sizes: Sizes) -> Callable[[], tuple[Tensor, ...]]:
 @pytest.mark.parametrize(
     "forward",
     [
-        pytest.param(True, marks=pytest.mark.benchmark(group="gumbel forward", min_rounds=5), id="forward"),
+        pytest.param(True, marks=pytest.mark.benchmark(group="gumbel forward", min_rounds=3), id="forward"),
         pytest.param(
-            False, marks=pytest.mark.benchmark(group="gumbel forward and backward", min_rounds=5), id="training"
+            False, marks=pytest.mark.benchmark(group="gumbel forward and backward", min_rounds=3), id="training"
         ),
     ],
 )
 def test_quantize(benchmark, checked, name, forward):
     # The compiled one for the sizes that are timed, which it is compiled for; the others are right at all or at none.
-    assert_quantizes(QUANTIZERS[name](), LARGE if name == "compiled" else SMALL)
+    assert_quantizes(name, LARGE if name == "compiled" else SMALL)
     sizes = LARGE._replace(forward=forward)
 
     def check(result: tuple[Tensor, ...]) -> None:
