@@ -514,20 +514,27 @@ def test_a_failing_stage_keeps_no_other_from_running(stages, tmp_path):
 
 def test_a_stage_past_its_limit_may_clean_up_and_takes_its_children_along(stages, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "LEAST_SECONDS", 0)
-    child = f"import time, pathlib; time.sleep(8); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
     code = f"""
 import pathlib, subprocess, sys, time
-subprocess.Popen([sys.executable, "-c", {child!r}])
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1000)"])
+pathlib.Path({str(tmp_path / "child")!r}).write_text(str(child.pid))
 try:
-    time.sleep(100)
+    time.sleep(1000)
 except KeyboardInterrupt:
     pathlib.Path({str(tmp_path / "saved")!r}).touch()
 """
     stages.stage("slow", python(code), 4)
     assert [(each.result, each.detail) for each in stages.outcomes] == [(gpu.FAILED, "stopped at its limit of 4 s")]
     assert (tmp_path / "saved").exists()
-    time.sleep(6)
-    assert not (tmp_path / "late").exists()
+    assert not is_running((tmp_path / "child").read_text())
+
+
+def is_running(pid: str) -> bool:
+    """Whether the process is there, and more than an entry that waits for its parent."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def test_a_stage_that_does_not_stop_is_killed(stages, monkeypatch):

@@ -71,9 +71,10 @@ DALLE_FAST_INLINE void add_noise(const RowsOfTile& tile, int64_t block, PhiloxKe
                                  const float* logits, float* perturbed) {
   using I = Isa<kLevel>;
   using Lanes = PhiloxLanes<kLevel>;
+  const PhiloxRows rows(tile.rows, key);
   for (int counter = 0; counter < kBlockCounters && counter < count; ++counter) {
     typename I::Int words[4][I::kVectors];
-    Lanes::words(tile.rows, static_cast<uint32_t>(block * kBlockCounters + counter), key, words);
+    Lanes::words(rows, static_cast<uint32_t>(block * kBlockCounters + counter), key, words);
 #pragma GCC unroll 4
     for (int w = 0; w < 4; ++w) {
       const int64_t code = w * kBlockCounters + counter;

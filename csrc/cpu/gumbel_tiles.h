@@ -17,8 +17,31 @@ namespace dalle_fast {
 inline constexpr int64_t kBlockCodes = 128;
 inline constexpr int kBlockCounters = 32;  // of four words each
 
+inline constexpr uint32_t kPhiloxLeft = 0xd2511f53u, kPhiloxRight = 0xcd9e8d57u;
+inline constexpr uint32_t kPhiloxLowStep = 0x9e3779b9u, kPhiloxHighStep = 0xbb67ae85u;
+
 struct PhiloxKey {
   uint32_t low, high;
+};
+
+// What the first two rounds make of 16 rows of the noise, with a group of 0: in them, no product depends on both row and
+// group. [0] are the even lanes, [1] the odd ones; the upper halves of c1 may hold anything.
+struct PhiloxRows {
+  uint32_t high;  // the rows' upper halves: 16 rows from a multiple of 16 on share it
+  uint64_t c0[2][kTileQueries / 2], c1[2][kTileQueries / 2], c2[2][kTileQueries / 2];
+
+  DALLE_FAST_INLINE PhiloxRows(const uint64_t (&rows)[2][kTileQueries / 2], PhiloxKey key)
+      : high(static_cast<uint32_t>(rows[0][0] >> 32)) {
+    for (int odd = 0; odd < 2; ++odd) {
+      for (int i = 0; i < kTileQueries / 2; ++i) {
+        const uint64_t left = (rows[odd][i] & 0xffffffffu) * kPhiloxLeft;
+        const uint64_t right = ((left >> 32) ^ key.high) * kPhiloxRight;
+        c0[odd][i] = (right >> 32) ^ static_cast<uint32_t>(key.low + kPhiloxLowStep);
+        c1[odd][i] = right;
+        c2[odd][i] = left & 0xffffffffu;
+      }
+    }
+  }
 };
 
 // Philox-4x32-10 (Salmon et al. 2011) for 16 positions at once. Lanes are kept as two vectors of 64-bit numbers, even
@@ -41,28 +64,35 @@ struct PhiloxLanes {
     return (a & 0xffffffffu) * b;
   }
 
-  // The four words of counter (row, group), rows[0] the even and rows[1] the odd lanes' rows: to[w][v] is a vector of
-  // 32-bit numbers.
-  static DALLE_FAST_INLINE void words(const uint64_t (&rows)[2][kTileQueries / 2], uint32_t group, PhiloxKey key,
-                                      Int (&to)[4][kVectors]) {
+  // The four words of counter (row, group): to[w][v] is a vector of 32-bit numbers.
+  static DALLE_FAST_INLINE void words(const PhiloxRows& rows, uint32_t group, PhiloxKey key, Int (&to)[4][kVectors]) {
+    // What the first two rounds make of the group; c0 after the first, and c1, c0 and c2 after the second.
+    const uint64_t right = group * uint64_t{kPhiloxRight};
+    const uint64_t first = static_cast<uint32_t>(right >> 32) ^ rows.high ^ key.low;
+    const uint64_t left = first * kPhiloxLeft;
+    const uint64_t second = static_cast<uint32_t>(right);
+    const uint64_t third = (left >> 32) ^ static_cast<uint32_t>(key.high + kPhiloxHighStep);
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       Wide half[2][4] = {};
 #pragma GCC unroll 2
       for (int odd = 0; odd < 2; ++odd) {
-        const Wide row = reinterpret_cast<Wide>(
-            I::load(reinterpret_cast<const float*>(rows[odd] + v * I::kLanes / 2)));
-        Wide c0 = row & 0xffffffffu, c1 = row >> 32, c2 = Wide{} + group, c3{};
-        uint32_t low = key.low, high = key.high;
-#pragma GCC unroll 10
-        for (int round = 0; round < 10; ++round) {
-          const Wide left = multiply(c0, Wide{} + 0xd2511f53u), right = multiply(c2, Wide{} + 0xcd9e8d57u);
-          c0 = (right >> 32) ^ c1 ^ (Wide{} + low);
-          c2 = (left >> 32) ^ c3 ^ (Wide{} + high);
-          c1 = right;
-          c3 = left;
-          low += 0x9e3779b9u;
-          high += 0xbb67ae85u;
+        const auto load = [&](const uint64_t(&from)[2][kTileQueries / 2]) __attribute__((always_inline)) {
+          return reinterpret_cast<Wide>(I::load(reinterpret_cast<const float*>(from[odd] + v * I::kLanes / 2)));
+        };
+        Wide c0 = load(rows.c0) ^ (Wide{} + second), c1 = load(rows.c1), c2 = load(rows.c2) ^ (Wide{} + third);
+        Wide c3 = Wide{} + left;
+        uint32_t low = key.low + 2 * kPhiloxLowStep, high = key.high + 2 * kPhiloxHighStep;
+#pragma GCC unroll 8
+        for (int round = 2; round < 10; ++round) {
+          const Wide left_product = multiply(c0, Wide{} + kPhiloxLeft);
+          const Wide right_product = multiply(c2, Wide{} + kPhiloxRight);
+          c0 = (right_product >> 32) ^ c1 ^ (Wide{} + low);
+          c2 = (left_product >> 32) ^ c3 ^ (Wide{} + high);
+          c1 = right_product;
+          c3 = left_product;
+          low += kPhiloxLowStep;
+          high += kPhiloxHighStep;
         }
         half[odd][0] = c0;
         half[odd][1] = c1;
