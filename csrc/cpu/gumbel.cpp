@@ -16,6 +16,7 @@
 // Reads the logits once a pass and writes their gradient once; 2 K D FLOPs a position forward, 4 backward, and about 100
 // vector instructions for 16 elements of noise and softmax. All arithmetic is float32.
 #include <cmath>
+#include <memory>
 
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -30,7 +31,10 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr int64_t kGroup = 4;
-constexpr int64_t kMinItems = 8;
+constexpr int64_t kMinItems = 8, kMaxBlocks = 4;
+// From this size on the gradient of the logits is written past the cache, whose lines would else be read before they are
+// written. A smaller one, who reads it next may find there.
+constexpr int64_t kStreamBytes = int64_t{1} << 24;
 
 // What the forward pass leaves of each position, (6, B * P): the maximum of x and 1 / sum exp((x - maximum) / tau); the
 // maximum of the logits, 1 / sum exp(logit - maximum), the logarithm of that sum, and sum q ln q. One lse for maximum and
@@ -40,7 +44,7 @@ enum Stat { kMaximum, kInverse, kLogitMaximum, kLogitInverse, kLogTotal, kNegent
 struct GumbelArgs {
   LogitsView logits;
   float inverse_tau;
-  PhiloxKey key;
+  PhiloxKeys keys;
   const float* codebook;  // (K, D), rows one after the other
   int64_t dim;
   float* stats;           // (kNumStats, B * P)
@@ -53,6 +57,7 @@ struct GumbelForwardArgs : GumbelArgs {
   int64_t* indices;  // (B * P)
   float* kl;         // (B * P)
   float* relaxed;    // (B * P, D): z
+  const float* packed;  // the codebook, each block of codes in chunks of d
 };
 
 struct GumbelBackwardArgs : GumbelArgs {
@@ -61,32 +66,10 @@ struct GumbelBackwardArgs : GumbelArgs {
   const float* delta;        // (B * P): dz . z
   const float* grad_kl;      // (B * P), or null
   LogitsView grad_logits;    // data may be null
+  bool stream;               // writes grad_logits past the cache
   float* grad_codebook;      // (runs, K, padded D), or null
-  int64_t num_runs, padded;
+  int64_t num_runs, padded, blocks_per_item;
 };
-
-// The noise of a block, added to logits[c][i].
-template <CpuLevel kLevel>
-DALLE_FAST_INLINE void add_noise(const RowsOfTile& tile, int64_t block, PhiloxKey key, int64_t count,
-                                 const float* logits, float* perturbed) {
-  using I = Isa<kLevel>;
-  using Lanes = PhiloxLanes<kLevel>;
-  const PhiloxRows rows(tile.rows, key);
-  for (int counter = 0; counter < kBlockCounters && counter < count; ++counter) {
-    typename I::Int words[4][I::kVectors];
-    Lanes::words(rows, static_cast<uint32_t>(block * kBlockCounters + counter), key, words);
-#pragma GCC unroll 4
-    for (int w = 0; w < 4; ++w) {
-      const int64_t code = w * kBlockCounters + counter;
-      if (code >= count) break;
-#pragma GCC unroll 4
-      for (int v = 0; v < I::kVectors; ++v) {
-        const int64_t at = code * kTileQueries + v * I::kLanes;
-        I::store(perturbed + at, I::load(logits + at) + Lanes::gumbel(words[w][v]));
-      }
-    }
-  }
-}
 
 struct ForwardWorker {
   template <CpuLevel kLevel>
@@ -94,7 +77,6 @@ struct ForwardWorker {
     using I = Isa<kLevel>;
     using Float = typename I::Float;
     using Int = typename I::Int;
-    using Loops = TileLoops<kLevel, Float32Math, 1>;
     constexpr int kVectors = I::kVectors;
     // Of one tile, over the blocks of codes.
     struct State {
@@ -106,10 +88,10 @@ struct ForwardWorker {
     constexpr int kSums = 4;
     const int64_t dim = args->dim, codes = args->logits.codes;
     Scratch scratch;
-    float *logits = nullptr, *perturbed = nullptr, *rows = nullptr, *sums = nullptr;
+    float *logits = nullptr, *weights = nullptr, *rows = nullptr, *sums = nullptr;
     for (int pass = 0; pass < 2; ++pass) {
       logits = scratch.take(kBlockCodes * kTileQueries);
-      perturbed = scratch.take(kBlockCodes * kTileQueries);
+      weights = scratch.take(kGroup * kBlockCodes * kTileQueries);
       rows = scratch.take(kBlockCodes * kTileQueries);
       sums = scratch.take(kGroup * dim * kTileQueries);
       if (pass == 0) scratch.allocate();
@@ -129,13 +111,15 @@ struct ForwardWorker {
         const int64_t first = block * kBlockCodes, count = std::min(kBlockCodes, codes - first);
         for (int64_t t = 0; t < num_tiles; ++t) {
           const RowsOfTile tile(args->logits, first_tile + t);
+          const RowsOfTile next(args->logits, first_tile + (t + 1) % num_tiles);
+          const int64_t next_block = t + 1 < num_tiles ? block : (block + 1) % args->num_blocks();
           State& state = states[t];
-          float* tile_sums = sums + t * dim * kTileQueries;
+          float *tile_sums = sums + t * dim * kTileQueries, *tile_weights = weights + t * kBlockCodes * kTileQueries;
           load_block(args->logits, tile, first, count, rows, logits);
-          add_noise<kLevel>(tile, block, args->key, count, logits, perturbed);
+          add_noise<kLevel>(args->logits, {tile, block}, {next, next_block}, args->keys, count, logits, tile_weights);
           // Scalars of the vectors of a tile; the loops over codes run inside, so that they stay in registers.
           for (int v = 0; v < kVectors; ++v) {
-            const float *l = logits + v * I::kLanes, *x = perturbed + v * I::kLanes;
+            const float *l = logits + v * I::kLanes, *x = tile_weights + v * I::kLanes;
             Float maximum = state.maximum[v], logit_maximum = state.logit_maximum[v];
             Int best = state.best[v];
             for (int64_t c = 0; c < count; ++c) {
@@ -171,7 +155,7 @@ struct ForwardWorker {
             state.logit_maximum[v] = logit_maximum;
 
             Float totals[kSums] = {}, logit_totals[kSums] = {}, moments[kSums] = {};
-            float* y = perturbed + v * I::kLanes;
+            float* y = tile_weights + v * I::kLanes;
             const auto add = [&](int64_t c, int sum) __attribute__((always_inline)) {
               const Float weight = I::exp((I::load(y + c * kTileQueries) - base) * args->inverse_tau);
               I::store(y + c * kTileQueries, weight);
@@ -194,9 +178,10 @@ struct ForwardWorker {
             state.logit_total[v] = logit_total + ((logit_totals[0] + logit_totals[1]) + (logit_totals[2] + logit_totals[3]));
             state.moment[v] = moment + ((moments[0] + moments[1]) + (moments[2] + moments[3]));
           }
-          if (args->relaxed != nullptr) {
-            Loops::accumulate(args->codebook + first * dim, dim, perturbed, count, dim, tile_sums);
-          }
+        }
+        if (args->relaxed != nullptr) {
+          multiply_tiles<kLevel, true>(args->packed + first * packed_size(1, dim), dim, weights,
+                                       kBlockCodes * kTileQueries, num_tiles, count, sums, dim * kTileQueries);
         }
       }
       for (int64_t t = 0; t < num_tiles; ++t) finish<kLevel>(*args, first_tile + t, states[t], sums + t * dim * kTileQueries, rows);
@@ -250,77 +235,138 @@ struct BackwardWorker {
   template <CpuLevel kLevel>
   __attribute__((always_inline)) static inline void run(const GumbelBackwardArgs* args, int64_t begin, int64_t end) {
     using I = Isa<kLevel>;
-    using Float = typename I::Float;
-    using Loops = TileLoops<kLevel, Float32Math, 1>;
-    constexpr int kVectors = I::kVectors;
-    const int64_t dim = args->dim, codes = args->logits.codes, padded = args->padded, total_rows = args->logits.rows();
-    const bool to_logits = args->grad_logits.data != nullptr;
+    constexpr int64_t kTile = kBlockCodes * kTileQueries;
+    const int64_t dim = args->dim, codes = args->logits.codes, padded = args->padded;
+    const bool to_logits = args->grad_logits.data != nullptr, to_codebook = args->grad_codebook != nullptr;
     Scratch scratch;
     float *logits = nullptr, *weights = nullptr, *products = nullptr, *rows = nullptr, *packed = nullptr;
     for (int pass = 0; pass < 2; ++pass) {
-      logits = scratch.take(kBlockCodes * kTileQueries);
-      weights = scratch.take(kBlockCodes * kTileQueries);
-      products = scratch.take(kBlockCodes * kTileQueries);
-      rows = scratch.take(kBlockCodes * kTileQueries);
-      packed = scratch.take(to_logits ? dim * kBlockCodes : 0);
+      logits = scratch.take(kGroup * kTile);
+      weights = scratch.take(kGroup * kTile);
+      products = scratch.take(kGroup * kTile);
+      rows = scratch.take(kTile);
+      packed = scratch.take(to_logits ? args->blocks_per_item * packed_size(dim, kBlockCodes) : 0);
       if (pass == 0) scratch.allocate();
     }
-    alignas(64) float position[kNumStats + 2][kTileQueries];  // the stats, delta, the gradient of kl
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t block = item / args->num_runs, run = item % args->num_runs;
-      const int64_t first = block * kBlockCodes, count = std::min(kBlockCodes, codes - first);
-      float* grad_codebook =
-          args->grad_codebook == nullptr ? nullptr : args->grad_codebook + (run * codes + first) * padded;
-      if (grad_codebook != nullptr) {
-        std::memset(grad_codebook, 0, static_cast<size_t>(count * padded) * sizeof(float));
-      }
-      if (to_logits) {
-        for (int64_t c = 0; c < count; ++c) {
-          for (int64_t d = 0; d < dim; ++d) packed[d * kBlockCodes + c] = args->codebook[(first + c) * dim + d];
+      const int64_t run = item % args->num_runs, first_block = item / args->num_runs * args->blocks_per_item;
+      const int64_t last_block = std::min(first_block + args->blocks_per_item, args->num_blocks());
+      const auto count_of = [&](int64_t block) { return std::min(kBlockCodes, codes - block * kBlockCodes); };
+      const auto packed_of = [&](int64_t block) {
+        return packed + (block - first_block) * packed_size(dim, kBlockCodes);
+      };
+      const auto grad_codebook_of = [&](int64_t block) {
+        return args->grad_codebook + (run * codes + block * kBlockCodes) * padded;
+      };
+      for (int64_t block = first_block; block < last_block; ++block) {
+        const int64_t count = count_of(block);
+        if (to_codebook) {
+          std::memset(grad_codebook_of(block), 0, static_cast<size_t>(count * padded) * sizeof(float));
+        }
+        if (to_logits) {
+          pack_chunks(args->codebook + block * kBlockCodes * dim, 1, dim, dim, count, packed_of(block));
         }
       }
-      const int64_t num_tiles = args->num_tiles();
-      for (int64_t t = run * num_tiles / args->num_runs; t < (run + 1) * num_tiles / args->num_runs; ++t) {
-        const RowsOfTile tile(args->logits, t);
-        for (int i = 0; i < kTileQueries; ++i) {
-          const int64_t row = std::min(tile.first + i, total_rows - 1);
-          for (int s = 0; s < kNumStats; ++s) position[s][i] = args->stats[s * total_rows + row];
-          position[kNumStats][i] = args->delta[row];
-          position[kNumStats + 1][i] = args->grad_kl == nullptr ? 0.0f : args->grad_kl[row];
-        }
-        load_block(args->logits, tile, first, count, rows, logits);
-        add_noise<kLevel>(tile, block, args->key, count, logits, weights);
-        if (to_logits) dot_codes<kLevel>(packed, args->columns + t * dim * kTileQueries, dim, count, products);
-        for (int v = 0; v < kVectors; ++v) {
-          const int lane = v * I::kLanes;
-          const Float maximum = I::load(position[kMaximum] + lane), inverse = I::load(position[kInverse] + lane);
-          const Float logit_maximum = I::load(position[kLogitMaximum] + lane);
-          const Float logit_inverse = I::load(position[kLogitInverse] + lane);
-          const Float log_total = I::load(position[kLogTotal] + lane);
-          const Float negentropy = I::load(position[kNegentropy] + lane);
-          const Float delta = I::load(position[kNumStats] + lane);
-          const Float grad_kl = I::load(position[kNumStats + 1] + lane);
-          for (int64_t c = 0; c < count; ++c) {
-            const int64_t at = c * kTileQueries + lane;
-            const Float weight = I::exp((I::load(weights + at) - maximum) * args->inverse_tau) * inverse;
-            I::store(weights + at, weight);
-            if (!to_logits) continue;
-            Float grad = weight * args->inverse_tau * (I::load(products + at) - delta);
-            if (args->grad_kl != nullptr) {
-              const Float difference = I::load(logits + at) - logit_maximum;
-              const Float q = I::exp(difference) * logit_inverse;
-              const Float log_q = (difference < -100.0f ? I::splat(-100.0f) : difference) - log_total;
-              grad += grad_kl * q * (log_q - negentropy);
+      const int64_t last_tile = (run + 1) * args->num_tiles() / args->num_runs;
+      for (int64_t group = run * args->num_tiles() / args->num_runs; group < last_tile; group += kGroup) {
+        const int64_t num_tiles = std::min(kGroup, last_tile - group);
+        for (int64_t block = first_block; block < last_block; ++block) {
+          const int64_t first = block * kBlockCodes, count = count_of(block);
+          for (int64_t t = 0; t < num_tiles; ++t) {
+            float *tile_logits = logits + t * kTile, *tile_weights = weights + t * kTile;
+            const RowsOfTile tile(args->logits, group + t);
+            // The next tile of the group, or the first one for the next block, or of the next group.
+            const bool ends_block = t + 1 == num_tiles, ends_group = ends_block && block + 1 == last_block;
+            const int64_t next_tile = ends_group ? group + num_tiles : ends_block ? group : group + t + 1;
+            const RowsOfTile next(args->logits, std::min(next_tile, args->num_tiles() - 1));
+            const int64_t next_block = ends_group ? first_block : block + (ends_block ? 1 : 0);
+            load_block(args->logits, tile, first, count, rows, tile_logits);
+            add_noise<kLevel>(args->logits, {tile, block}, {next, next_block}, args->keys, count, tile_logits,
+                              tile_weights);
+            weigh<kLevel>(*args, tile, count, tile_weights);
+          }
+          if (to_logits) {
+            multiply_tiles<kLevel, false>(packed_of(block), count, args->columns + group * dim * kTileQueries,
+                                          dim * kTileQueries, num_tiles, dim, products, kTile);
+            for (int64_t t = 0; t < num_tiles; ++t) {
+              const RowsOfTile tile(args->logits, group + t);
+              differentiate<kLevel>(*args, tile, count, logits + t * kTile, weights + t * kTile, products + t * kTile);
+              store_block<kLevel>(args->grad_logits, tile, first, count, products + t * kTile, args->stream, rows);
             }
-            I::store(products + at, grad);
+          }
+          if (to_codebook) {
+            // Rows of dz past the end are 0, and so is what they add.
+            scatter_tiles<kLevel>(weights, count, args->rows + group * kTileQueries * padded, padded, num_tiles,
+                                  grad_codebook_of(block));
           }
         }
-        if (to_logits) store_block(args->grad_logits, tile, first, count, products, rows);
-        if (grad_codebook != nullptr) {
-          // Rows of dz past the end are 0, and so is what they add.
-          Loops::scatter(weights, count, args->rows + t * kTileQueries * padded, padded, grad_codebook,
-                         [](int64_t c) { return c; });
-        }
+      }
+    }
+    if (args->stream) stream_fence();
+  }
+
+  // A number of each of a tile's positions, `from` indexed by row.
+  template <class Float>
+  struct PerPosition {
+    float values[kTileQueries];
+
+    DALLE_FAST_INLINE PerPosition(const float* from, const RowsOfTile& tile, int64_t total_rows) {
+      for (int i = 0; i < kTileQueries; ++i) values[i] = from[std::min(tile.first + i, total_rows - 1)];
+    }
+  };
+
+  // Perturbed logits become weights y.
+  template <CpuLevel kLevel>
+  static DALLE_FAST_INLINE void weigh(const GumbelBackwardArgs& args, const RowsOfTile& tile, int64_t count,
+                                      float* weights) {
+    using I = Isa<kLevel>;
+    using Float = typename I::Float;
+    const int64_t total_rows = args.logits.rows();
+    const PerPosition<Float> maxima(args.stats + kMaximum * total_rows, tile, total_rows);
+    const PerPosition<Float> inverses(args.stats + kInverse * total_rows, tile, total_rows);
+    for (int v = 0; v < I::kVectors; ++v) {
+      const int lane = v * I::kLanes;
+      const Float maximum = I::load(maxima.values + lane), inverse = I::load(inverses.values + lane);
+      for (int64_t c = 0; c < count; ++c) {
+        float* at = weights + c * kTileQueries + lane;
+        I::store(at, I::exp((I::load(at) - maximum) * args.inverse_tau) * inverse);
+      }
+    }
+  }
+
+  // Products dy become gradients of the logits.
+  template <CpuLevel kLevel>
+  static DALLE_FAST_INLINE void differentiate(const GumbelBackwardArgs& args, const RowsOfTile& tile, int64_t count,
+                                              const float* logits, const float* weights, float* products) {
+    using I = Isa<kLevel>;
+    using Float = typename I::Float;
+    const int64_t total_rows = args.logits.rows();
+    const auto stat = [&](Stat which) { return PerPosition<Float>(args.stats + which * total_rows, tile, total_rows); };
+    const PerPosition<Float> deltas(args.delta, tile, total_rows);
+    for (int v = 0; v < I::kVectors; ++v) {
+      const int lane = v * I::kLanes;
+      const Float delta = I::load(deltas.values + lane);
+      for (int64_t c = 0; c < count; ++c) {
+        float* at = products + c * kTileQueries + lane;
+        const Float weight = I::load(weights + c * kTileQueries + lane);
+        I::store(at, weight * args.inverse_tau * (I::load(at) - delta));
+      }
+    }
+    if (args.grad_kl == nullptr) return;
+    const auto maxima = stat(kLogitMaximum), inverses = stat(kLogitInverse);
+    const auto log_totals = stat(kLogTotal), negentropies = stat(kNegentropy);
+    const PerPosition<Float> grads_kl(args.grad_kl, tile, total_rows);
+    for (int v = 0; v < I::kVectors; ++v) {
+      const int lane = v * I::kLanes;
+      const Float maximum = I::load(maxima.values + lane), inverse = I::load(inverses.values + lane);
+      const Float log_total = I::load(log_totals.values + lane), negentropy = I::load(negentropies.values + lane);
+      const Float grad_kl = I::load(grads_kl.values + lane);
+      for (int64_t c = 0; c < count; ++c) {
+        float* at = products + c * kTileQueries + lane;
+        const Float difference = I::load(logits + c * kTileQueries + lane) - maximum;
+        const Float q = I::exp(difference) * inverse;
+        const Float log_q = (difference < -100.0f ? I::splat(-100.0f) : difference) - log_total;
+        I::store(at, I::load(at) + grad_kl * q * (log_q - negentropy));
       }
     }
   }
@@ -353,7 +399,8 @@ struct WeightsWorker {
       for (int64_t block = 0; block < args->num_blocks(); ++block) {
         const int64_t first = block * kBlockCodes, count = std::min(kBlockCodes, codes - first);
         load_block(args->logits, tile, first, count, rows, logits);
-        add_noise<kLevel>(tile, block, args->key, count, logits, weights);
+        const int64_t next_block = (block + 1) % args->num_blocks();
+        add_noise<kLevel>(args->logits, {tile, block}, {tile, next_block}, args->keys, count, logits, weights);
         for (int v = 0; v < I::kVectors; ++v) {
           const Float maximum = I::load(maxima + v * I::kLanes), inverse = I::load(inverses + v * I::kLanes);
           for (int64_t c = 0; c < count; ++c) {
@@ -361,7 +408,7 @@ struct WeightsWorker {
             I::store(at, I::exp((I::load(at) - maximum) * args->inverse_tau) * inverse);
           }
         }
-        store_block(*out, out_tile, first, count, weights, rows);
+        store_block<kLevel>(*out, out_tile, first, count, weights, false, rows);
       }
     }
   }
@@ -443,12 +490,16 @@ const float* floats(const Tensor& tensor, const char* name) {
 
 float* mutable_floats(const Tensor& tensor, const char* name) { return const_cast<float*>(floats(tensor, name)); }
 
+// Where std::vector would write zeros first, on one thread.
+std::unique_ptr<float[]> uninitialised_floats(int64_t count) {
+  return std::make_unique_for_overwrite<float[]>(static_cast<size_t>(count));
+}
+
 void fill_args(GumbelArgs& args, const Tensor& logits, const Tensor& seed, double tau, const Tensor& stats) {
   args.logits = logits_view(logits);
   args.inverse_tau = static_cast<float>(std::min(1.0 / tau, 3e38));
   check_dtype(seed, "seed", ScalarType::Long);
-  const auto number = static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr()));
-  args.key = {static_cast<uint32_t>(number), static_cast<uint32_t>(number >> 32)};
+  args.keys = PhiloxKeys(static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())));
   args.stats = mutable_floats(stats, "stats");
 }
 
@@ -475,6 +526,18 @@ void gumbel_forward(const Tensor logits, const std::optional<Tensor> codebook, c
   check_contiguous(indices, "indices");
   args.indices = static_cast<int64_t*>(indices.mutable_data_ptr());
   args.kl = mutable_floats(kl, "kl");
+  const auto packed = uninitialised_floats(relaxed.has_value() ? args.logits.codes * packed_size(1, args.dim) : 0);
+  args.packed = packed.get();
+  if (relaxed.has_value()) {
+    torch::stable::parallel_for(0, args.num_blocks(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t first = begin * kBlockCodes; first < std::min(end * kBlockCodes, args.logits.codes);
+           first += kBlockCodes) {
+        const int64_t count = std::min(kBlockCodes, args.logits.codes - first);
+        pack_chunks(args.codebook + first * args.dim, args.dim, count, 1, args.dim,
+                    packed.get() + first * packed_size(1, args.dim));
+      }
+    });
+  }
   work_off(ceil_div(args.num_tiles(), kGroup), [&](int64_t begin, int64_t end) {
     run_at_cpu_level<ForwardWorker>(&args, begin, end);
   });
@@ -503,33 +566,38 @@ void gumbel_backward(const Tensor logits, const Tensor codebook, const Tensor se
   if (grad_logits.has_value()) {
     prefer_large_pages(*grad_logits);
     args.grad_logits = logits_view(*grad_logits);
+    args.stream = grad_logits->numel() * static_cast<int64_t>(grad_logits->element_size()) >= kStreamBytes;
   }
   args.num_runs = std::clamp<int64_t>(ceil_div(kMinItems, args.num_blocks()), 1, args.num_tiles());
 
-  const int64_t tiles = args.num_tiles();
-  std::vector<float> columns(tiles * args.dim * kTileQueries), rows(tiles * kTileQueries * args.padded);
-  std::vector<float> delta(args.logits.rows());
-  std::vector<float> partial(grad_codebook.has_value() ? args.num_runs * args.logits.codes * args.padded : 0);
-  args.columns = columns.data();
-  args.rows = rows.data();
-  args.delta = delta.data();
-  args.grad_codebook = grad_codebook.has_value() ? partial.data() : nullptr;
+  // Neighbouring blocks of one item read neighbouring logits and the same dz, where there are items enough for all threads.
+  const int64_t items_wanted = 4 * torch::stable::get_num_threads();
+  args.blocks_per_item = std::clamp<int64_t>(args.num_blocks() * args.num_runs / items_wanted, 1, kMaxBlocks);
+
+  const int64_t tiles = args.num_tiles(), codes = args.logits.codes;
+  const auto columns = uninitialised_floats(tiles * args.dim * kTileQueries);
+  const auto rows = uninitialised_floats(tiles * kTileQueries * args.padded);
+  const auto delta = uninitialised_floats(args.logits.rows());
+  args.columns = columns.get();
+  args.rows = rows.get();
+  args.delta = delta.get();
+  float* to = grad_codebook.has_value() ? mutable_floats(*grad_codebook, "grad_codebook") : nullptr;
+  const bool is_final = args.num_runs == 1 && args.padded == args.dim;
+  const auto partial = uninitialised_floats(to == nullptr || is_final ? 0 : args.num_runs * codes * args.padded);
+  args.grad_codebook = to == nullptr || is_final ? to : partial.get();
   const float *grad = floats(grad_relaxed, "grad_relaxed"), *z = floats(relaxed, "relaxed");
   torch::stable::parallel_for(0, tiles, 4, [&](int64_t begin, int64_t end) {
-    run_at_cpu_level<PrepareWorker>(&args, grad, z, columns.data(), rows.data(), delta.data(), begin, end);
+    run_at_cpu_level<PrepareWorker>(&args, grad, z, columns.get(), rows.get(), delta.get(), begin, end);
   });
-  work_off(args.num_blocks() * args.num_runs, [&](int64_t begin, int64_t end) {
+  work_off(ceil_div(args.num_blocks(), args.blocks_per_item) * args.num_runs, [&](int64_t begin, int64_t end) {
     run_at_cpu_level<BackwardWorker>(&args, begin, end);
   });
-  if (!grad_codebook.has_value()) return;
-  float* to = mutable_floats(*grad_codebook, "grad_codebook");
-  torch::stable::parallel_for(0, args.logits.codes, 64, [&](int64_t begin, int64_t end) {
+  if (to == nullptr || is_final) return;
+  torch::stable::parallel_for(0, codes, 64, [&](int64_t begin, int64_t end) {
     for (int64_t code = begin; code < end; ++code) {
       for (int64_t d = 0; d < args.dim; ++d) {
         float sum = 0.0f;
-        for (int64_t run = 0; run < args.num_runs; ++run) {
-          sum += partial[(run * args.logits.codes + code) * args.padded + d];
-        }
+        for (int64_t run = 0; run < args.num_runs; ++run) sum += partial[(run * codes + code) * args.padded + d];
         to[code * args.dim + d] = sum;
       }
     }
