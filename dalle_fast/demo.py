@@ -248,11 +248,12 @@ def _draw_samples(path: Path, pipeline: Pipeline, captions: list[str]) -> None:
 def _draw_curves(path: Path, dvae: list[dict[str, Any]], dalle: list[dict[str, Any]]) -> None:
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3))
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3))
     for axis, log, names, title in (
-        (axes[0], dvae, ("mse",), "dVAE: squared error of the relaxed reconstruction"),
-        (axes[1], dvae, ("kl", "tau"), "dVAE: KL from uniform (nats), temperature"),
-        (axes[2], dalle, ("image_loss", "text_loss"), "transformer: cross-entropy (nats a token)"),
+        (axes[0], dvae, ("mse", "hard_mse", "token_mse"), "dVAE: squared error of relaxed and of hard codes"),
+        (axes[1], dvae, ("kl", "tau", "kl_weight"), "dVAE: KL from uniform (nats), temperature, weight"),
+        (axes[2], dvae, ("codes_in_use", "perplexity"), "dVAE: codes in use in 100 updates, perplexity"),
+        (axes[3], dalle, ("image_loss", "text_loss"), "transformer: cross-entropy (nats a token)"),
     ):
         for name in names:
             axis.plot([line["step"] for line in log], [line[name] for line in log], label=name)

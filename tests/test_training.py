@@ -51,7 +51,8 @@ def test_tensorboard_logs(start, tmp_path):
 def test_logged_numbers(drawings, dvae_run, tmp_path):
     train_dvae(drawings, tmp_path / "dvae", dataclasses.replace(DVAE_CONFIG, steps=1))
     (record,) = read_log(tmp_path / "dvae" / "log.jsonl")
-    assert {"reconstruction", "kl", "mse", "codes_in_use", "tau", "kl_weight"} <= record.keys()
+    assert {"reconstruction", "kl", "mse", "hard_mse", "gap", "token_mse"} <= record.keys()
+    assert {"perplexity", "codes_in_use", "tau", "kl_weight"} <= record.keys()
     assert (record["tau"], record["kl_weight"], record["learning_rate"]) == (1.0, 0.0, 5e-3)
     train_prior(drawings, tmp_path / "prior", dvae_run, dataclasses.replace(PRIOR_CONFIG, steps=1))
     (record,) = read_log(tmp_path / "prior" / "log.jsonl")

@@ -15,7 +15,8 @@ from dalle_fast.checkpoint import check_match, load_config
 from dalle_fast.config import to_dict
 from dalle_fast.data.images import augment_for_dvae, center_crop, decode_image, to_tensor
 from dalle_fast.data.sources import Loader, Sample, open_source
-from dalle_fast.models.dvae import DVAE, DVAEConfig
+from dalle_fast.models.dvae import DVAE, DVAEConfig, DVAELoss
+from dalle_fast.training.code_usage import CodeUsage
 from dalle_fast.training.loop import Outcome, RunConfig, Task, check_update_rule, choose_device, resume_point, train
 from dalle_fast.training.schedules import half_cosine, warmup_cosine
 
@@ -76,6 +77,7 @@ def train_dvae(data: str | Path, out: Path, config: TrainDVAEConfig, *, resume: 
     device = choose_device(config.device)
     model = DVAE(config.model).to(device, memory_format=torch.channels_last)
     size = config.model.image_size
+    usage = CodeUsage(config.model.vocab_size, device)
 
     def transform(sample: Sample, rng: np.random.Generator) -> tuple[Tensor]:
         return (to_tensor(augment_for_dvae(decode_image(sample.image), size, rng)),)
@@ -88,11 +90,13 @@ def train_dvae(data: str | Path, out: Path, config: TrainDVAEConfig, *, resume: 
         scalars = {
             "reconstruction": loss.reconstruction,
             "kl": loss.kl,
-            "mse": (loss.images - images).square().mean(),
-            "codes_in_use": float(loss.indices.unique().numel()),
             "tau": tau,
             "kl_weight": kl_weight,
         }
+        usage.update(step, loss.indices)
+        if config.logs(step):
+            scalars |= _errors(model, images, loss)
+            scalars |= usage.scalars()
         return Outcome(loss.total, scalars)
 
     loader = Loader(
@@ -136,11 +140,26 @@ def train_dvae(data: str | Path, out: Path, config: TrainDVAEConfig, *, resume: 
             "model": to_dict(config.model),
             "train": {name: value for name, value in to_dict(config).items() if name != "model"},
         },
+        counters={"code_usage": usage.counts},
         grad_clip=config.grad_clip,
         ema_decay=config.ema_decay,
         preview=preview,
     )
     return train(task, config, Path(out), resume_from=resume_from, description="dVAE")
+
+
+def _errors(model: DVAE, images: Tensor, loss: DVAELoss) -> dict[str, Tensor]:
+    """Squared errors of a batch's reconstructions, from the weights and the noise of its loss; no gradients.
+
+    Returns:
+        ``mse`` of the relaxed codes, ``hard_mse`` of the codes drawn by the same noise, ``gap``, the second minus the
+        first, and ``token_mse`` of the likeliest codes, which stage two reads.
+    """
+    relaxed, hard, tokens = (
+        (reconstruction - images).square().mean()
+        for reconstruction in (loss.images, model.decode(loss.indices), model.decode(model.encode(images)))
+    )
+    return {"mse": relaxed, "hard_mse": hard, "gap": hard - relaxed, "token_mse": tokens}
 
 
 def _first_images(data: str | Path, size: int) -> Tensor:

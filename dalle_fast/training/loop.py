@@ -65,6 +65,10 @@ class RunConfig:
         if self.images_every < 0:
             raise ValueError(f"images_every must be >= 0, got {self.images_every}")
 
+    def logs(self, step: int) -> bool:
+        """Whether update ``step``, counted from 0, gets a line of the log."""
+        return (step + 1) % self.log_every == 0 or step + 1 == self.steps
+
 
 def check_update_rule(config: Any) -> None:
     """Raise ValueError for what the updates of both models are told, where it is out of range."""
@@ -98,6 +102,7 @@ class Task:
         learning_rate: step size by update number, before the plateau's factor.
         config: config.json of the checkpoints, see :func:`dalle_fast.checkpoint.save_checkpoint`.
         files: further files and folders for the checkpoints.
+        counters: tensors by name that ``forward`` counts in; checkpoints keep them.
         plateau: halves the step size where the loss stops falling; sees each update's loss from ``plateau_from`` on.
         grad_clip: largest global norm of the gradients, or None.
         ema_decay: of the moving average of the weights, 0 for none; taken every ``ema_every`` updates.
@@ -111,6 +116,7 @@ class Task:
     learning_rate: Callable[[int], float]
     config: dict[str, Any]
     files: dict[str, Path] | None = None
+    counters: dict[str, Tensor] = field(default_factory=dict)
     plateau: PlateauHalving | None = None
     plateau_from: int = 0
     grad_clip: float | None = None
@@ -187,7 +193,7 @@ def train(
         while state.step < run.steps:
             outcome = state.update(next(batches))
             step, last, stop = state.step, state.step == run.steps, interrupted.is_set()
-            if step % run.log_every == 0 or last:
+            if run.logs(step - 1):
                 state.check_finite(outcome.loss)
                 speed = clock.steps_per_s(step) * run.batch_size
                 log.log(step - 1, **state.scalars(outcome), samples_per_s=speed)
@@ -304,6 +310,7 @@ class _State:
                 "optimizer": task.optimizer.state_dict(),
                 "loader": task.loader.state_dict(),
                 "plateau": task.plateau.state_dict() if task.plateau else None,
+                "counters": task.counters,
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
@@ -330,6 +337,9 @@ class _State:
         task.loader.load_state_dict(saved["loader"])
         if task.plateau is not None and saved["plateau"] is not None:
             task.plateau.load_state_dict(saved["plateau"])
+        for name, counter in task.counters.items():
+            if name in saved.get("counters", {}):
+                counter.copy_(saved["counters"][name])
         torch.set_rng_state(saved["rng"])
         if saved["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(saved["cuda_rng"], self.device)
