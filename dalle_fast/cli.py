@@ -5,11 +5,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from dalle_fast import __version__
 
 __all__ = ["main"]
+
+_DATA_HELP = "folder of images with captions, .tar shards, or a brace pattern"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -58,7 +61,7 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _add_data(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("data", help="make a data set")
+    parser = commands.add_parser("data", help="make a data set, or encode one to tokens")
     kinds = parser.add_subparsers(title="data sets", required=True, metavar="KIND")
 
     shapes = kinds.add_parser("shapes", help="captioned drawings of one or two coloured shapes")
@@ -75,6 +78,22 @@ def _add_data(commands: argparse._SubParsersAction) -> None:
     emoji.add_argument("--size", type=int, default=64, help="side in pixels (default: 64)")
     emoji.add_argument("--seed", type=int, default=0, help="of the held-out choice (default: 0)")
     emoji.set_defaults(run=_data_emoji)
+
+    _add_data_encode(kinds)
+
+
+def _add_data_encode(kinds: argparse._SubParsersAction) -> None:
+    from dalle_fast.config import add_arguments
+    from dalle_fast.training.encode import EncodeConfig
+
+    parser = kinds.add_parser(
+        "encode", help="the tokens of captioned images, for train; the same command goes on where it was stopped"
+    )
+    parser.add_argument("dvae", type=Path, metavar="DVAE", help="run or checkpoint of train-dvae")
+    parser.add_argument("data", metavar="DATA", help=_DATA_HELP)
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write token shards to")
+    add_arguments(parser.add_argument_group("configuration"), EncodeConfig)
+    parser.set_defaults(run=_data_encode)
 
 
 def _data_shapes(args: argparse.Namespace) -> None:
@@ -94,13 +113,38 @@ def _data_emoji(args: argparse.Namespace) -> None:
     )
 
 
+def _data_encode(args: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
+    from dalle_fast.config import from_arguments
+    from dalle_fast.training.encode import EncodeConfig, encode
+
+    config = from_arguments(EncodeConfig, args)
+    with ExitStack() as stack:
+        bar = None
+
+        def show(done: int, total: int | None) -> None:
+            nonlocal bar
+            if bar is None:
+                # What an earlier process encoded counts as done, but not into the speed.
+                bar = stack.enter_context(tqdm(initial=done, total=total, unit="image", disable=None))
+            bar.update(done - bar.n)
+
+        manifest = encode(args.dvae, args.data, args.out, config, on_progress=show)
+    skipped = ", ".join(f"{reason} {count}" for reason, count in manifest.skipped.items())
+    print(
+        f"{args.out}: {manifest.samples} images in {len(manifest.shards)} shards, "
+        f"{sum(manifest.skipped.values())} skipped" + (f" ({skipped})" if skipped else "")
+    )
+
+
 def _add_train_dvae(commands: argparse._SubParsersAction) -> None:
     from dalle_fast.config import add_arguments
     from dalle_fast.training.dvae import TrainDVAEConfig
     from dalle_fast.training.presets import DVAE_PRESETS
 
     parser = commands.add_parser("train-dvae", help="stage one: train the discrete VAE on images")
-    _add_run_arguments(parser, list(DVAE_PRESETS))
+    _add_run_arguments(parser, list(DVAE_PRESETS), _DATA_HELP)
     add_arguments(parser.add_argument_group("configuration"), TrainDVAEConfig)
     parser.set_defaults(run=_train_dvae)
 
@@ -121,7 +165,7 @@ def _add_train(commands: argparse._SubParsersAction) -> None:
     from dalle_fast.training.prior import TrainConfig
 
     parser = commands.add_parser("train", help="stage two: train the transformer on captioned images")
-    _add_run_arguments(parser, list(PRIOR_PRESETS))
+    _add_run_arguments(parser, list(PRIOR_PRESETS), f"{_DATA_HELP}; or a folder of token shards")
     parser.add_argument("--dvae", type=Path, help="run or checkpoint of train-dvae; needed unless --resume is given")
     add_arguments(parser.add_argument_group("configuration"), TrainConfig)
     parser.set_defaults(run=_train)
@@ -144,8 +188,8 @@ def _train(args: argparse.Namespace) -> None:
     print(train_prior(args.data, args.out, args.dvae, config, resume=args.resume))
 
 
-def _add_run_arguments(parser: argparse.ArgumentParser, presets: list[str]) -> None:
-    parser.add_argument("data", metavar="DATA", help="folder of images with captions, .tar shards, or a brace pattern")
+def _add_run_arguments(parser: argparse.ArgumentParser, presets: list[str], data_help: str) -> None:
+    parser.add_argument("data", metavar="DATA", help=data_help)
     parser.add_argument("out", type=Path, metavar="OUT", help="run directory: checkpoints, logs, images")
     parser.add_argument("--resume", action="store_true", help="go on from the run's last checkpoint")
     parser.add_argument(

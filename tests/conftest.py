@@ -50,6 +50,16 @@ def dvae_run(drawings, tmp_path_factory):
     return out
 
 
+@pytest.fixture(scope="session")
+def token_shards(drawings, dvae_run, tmp_path_factory):
+    """The drawings as token shards of that dVAE, two augmentations of each."""
+    from dalle_fast.training.encode import EncodeConfig, encode
+
+    out = tmp_path_factory.mktemp("tokens") / "drawings"
+    encode(dvae_run, drawings, out, EncodeConfig(copies=2, batch_size=2, shard_size=4, device="cpu"))
+    return out
+
+
 @pytest.fixture(params=["dvae", "dalle"])
 def start(request, drawings, dvae_run):
     """Call start(out, resume=False, **changes of the configuration) to train either model."""

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import re
+import shutil
 import typing
 
 import numpy as np
@@ -41,6 +42,7 @@ COMMANDS = {
     "demo": [],
     "data shapes": ["OUT"],
     "data emoji": ["OUT"],
+    "data encode": ["DVAE", "DATA", "OUT"],
     "train-dvae": ["DATA", "OUT"],
     "train": ["DATA", "OUT"],
     "sample": ["CKPT", "CAPTION"],
@@ -107,6 +109,38 @@ def test_sample(folder, tmp_path, capsys):
     assert out.read_bytes() == again.read_bytes()
     assert run("sample", folder / "dalle", CAPTION, "-n", 4, "-o", again, "--seed", 4) == 0
     assert not np.array_equal(np.asarray(Image.open(out)), np.asarray(Image.open(again)))
+
+
+def test_data_encode_and_train(folder, tmp_path, capsys):
+    """Encode, train on the shards, sample; the same command again has nothing left to do."""
+    words = ["data", "encode", folder / "dvae", folder / "data" / "train", tmp_path / "tokens", "--device", "cpu"]
+    for _ in range(2):
+        assert run(*words, "--copies", 2, "--shard-size", 5, "--batch-size", 2) == 0
+        captured = capsys.readouterr()
+        assert captured.out == f"{tmp_path / 'tokens'}: 8 images in 2 shards, 0 skipped\n"
+        assert captured.err == ""  # no progress bar where there is no terminal
+    assert run("train", tmp_path / "tokens", tmp_path / "dalle", "--dvae", folder / "dvae", *COMMON, *TINY_DALLE) == 0
+    assert run("train", tmp_path / "tokens", tmp_path / "dalle", "--resume", "--steps", 3) == 0
+    assert run("sample", tmp_path / "dalle", CAPTION, "-n", 1, "-o", tmp_path / "out.png") == 0
+    assert Image.open(tmp_path / "out.png").size == (20, 20)
+
+
+def test_data_encode_says_what_it_skipped(folder, tmp_path, capsys):
+    data = shutil.copytree(folder / "data" / "train", tmp_path / "data")
+    (data / "000003.txt").write_text(" ")
+    words = ["data", "encode", folder / "dvae", data, tmp_path / "tokens", "--device", "cpu"]
+    assert error_of(capsys, *words).startswith("at most 5% of samples may be bad, got 1 of 8")
+    message = error_of(capsys, "train", tmp_path / "tokens", tmp_path / "out", "--dvae", folder / "dvae", *TINY_DALLE)
+    assert message.startswith(f"token shards at {tmp_path / 'tokens'} are not finished, 0 samples so far")
+    assert run(*words, "--max-bad-share", 0.5) == 0
+    assert capsys.readouterr().out.endswith(": 7 images in 1 shards, 1 skipped (empty caption 1)\n")
+    message = error_of(capsys, *words, "--seed", 1)
+    assert message == f"token shards at {tmp_path / 'tokens'} were begun with seed 0, got 1"
+    message = error_of(capsys, "train-dvae", tmp_path / "tokens", tmp_path / "out", *TINY_DVAE)
+    assert (
+        message
+        == f"path must hold images or .tar shards, got token shards, which only train reads: {tmp_path / 'tokens'}"
+    )
 
 
 def test_info(capsys):

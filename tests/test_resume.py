@@ -46,6 +46,17 @@ def test_resumed_run_is_bit_identical(start, tmp_path, stop):
     assert [step for step, _ in losses(tmp_path / "parts")] == list(range(8))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resumed_run_on_token_shards_is_bit_identical(dvae_run, token_shards, tmp_path, workers):
+    """Through several epochs, which read different copies."""
+    start = Run("dalle", token_shards, dvae_run)
+    whole = start(tmp_path / "whole", steps=8)
+    start(tmp_path / "parts", steps=5, num_workers=workers)
+    resumed = start(tmp_path / "parts", steps=8, num_workers=workers, resume=True)
+    assert_same_checkpoint(whole, resumed)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+
+
 def test_run_stopped_by_control_c_is_bit_identical(start, tmp_path, monkeypatch):
     """The signal comes within update 3, which is finished and saved."""
     whole = start(tmp_path / "whole", steps=8)

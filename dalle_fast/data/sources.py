@@ -1,6 +1,6 @@
 """Captioned images from disk: a folder or WebDataset shards, read in a repeatable order, in batches.
 
-Formats, told apart by `open_source`:
+Formats, told apart by `open_source` (token shards, of images that are encoded already, have a module of their own):
     folder  images (.png .jpg .jpeg .webp .bmp) at any depth, each with a .txt caption of the same stem
     shards  one .tar, a folder of .tar files, or a brace pattern such as "train-{000..099}.tar", in the
             layout of the webdataset package: files that share a stem form one sample
@@ -17,6 +17,7 @@ opener is not, since that runs "pipe:" commands, and neither are its decoders, s
 Limits: local files only; resuming inside an epoch of shards reads the skipped samples again.
 """
 
+import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections import deque
@@ -34,9 +35,10 @@ from dalle_fast.data.images import BadSample
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SHUFFLE_BUFFER_SIZE = 1000
 MIN_SEEN_FOR_BAD_SHARE = 100
+TOKEN_MANIFEST = "tokens.json"  # tells a folder of token shards
 _BLOCK_BYTES = 512  # of a tar archive, which ends with blocks of zeros
 
-Transform = Callable[["Sample", np.random.Generator], tuple[torch.Tensor, ...]]
+Transform = Callable[[Any, np.random.Generator], tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,7 @@ class TooManyBadSamples(RuntimeError):
 
 
 class Source(ABC):
-    """A data set of captioned images. `open_source` makes one.
+    """A data set of captioned images, as files or encoded. `open_source` and `token_shards.TokenSource` make one.
 
     Attributes:
         path: where it was opened, for messages.
@@ -72,8 +74,8 @@ class Source(ABC):
         """What `load` turns into the samples of one epoch, in order; seed None keeps the order on disk."""
 
     @abstractmethod
-    def load(self, item: Any) -> Sample | BadSample:
-        """Reads one item. Safe to call from several threads."""
+    def load(self, item: Any) -> Any:
+        """Reads one item: a `Sample` (of token shards a `TokenSample`) or a `BadSample`. Safe for several threads."""
 
     @abstractmethod
     def captions(self) -> Iterator[str]:
@@ -82,7 +84,7 @@ class Source(ABC):
         Images are not looked at, so the caption of a sample whose image is bad is here too.
         """
 
-    def read(self, seed: int | None, epoch: int, start: int = 0) -> Iterator[tuple[int, Sample | BadSample]]:
+    def read(self, seed: int | None, epoch: int, start: int = 0) -> Iterator[tuple[int, Any]]:
         """The samples of one epoch, bad ones in their places, with their positions.
 
         Args:
@@ -107,10 +109,13 @@ class FolderSource(Source):
         self.path = str(path)
         self._images = images
 
+    def __len__(self) -> int:
+        return len(self._images)
+
     def items(self, seed: int | None, epoch: int) -> Iterator[str]:
         if seed is None:
             return iter(self._images)
-        return (self._images[i] for i in _order_rng(seed, epoch).permutation(len(self._images)))
+        return (self._images[i] for i in order_rng(seed, epoch).permutation(len(self._images)))
 
     def load(self, item: str) -> Sample | BadSample:
         key = os.path.splitext(item)[0]
@@ -125,6 +130,11 @@ class FolderSource(Source):
     def captions(self) -> Iterator[str]:
         captions = (self._caption(os.path.splitext(image)[0]) for image in self._images)
         return (caption for caption in captions if isinstance(caption, str))
+
+    def fingerprint(self) -> str:
+        """Hash of the names and sizes of all files; it stays when the data set is moved as a whole."""
+        names = (name for image in self._images for name in (image, f"{os.path.splitext(image)[0]}.txt"))
+        return _fingerprint((name, os.path.join(self.path, name)) for name in names)
 
     def _caption(self, key: str) -> str | BadSample:
         try:
@@ -151,7 +161,7 @@ class TarSource(Source):
     def items(self, seed: int | None, epoch: int) -> Iterator[Sample | BadSample]:
         if seed is None:
             return self._samples(self._shards)
-        rng = _order_rng(seed, epoch)
+        rng = order_rng(seed, epoch)
         shards = [self._shards[i] for i in rng.permutation(len(self._shards))]
         return _shuffle(self._samples(shards), self._shuffle_buffer, rng)
 
@@ -166,23 +176,29 @@ class TarSource(Source):
                     if isinstance(caption, str):
                         yield caption
 
+    def fingerprint(self) -> str:
+        """As of a folder."""
+        return _fingerprint((os.path.basename(shard), shard) for shard in self._shards)
+
     def _samples(self, shards: list[str]) -> Iterator[Sample | BadSample]:
         for shard in shards:
             for fields in _read_shard(shard, (".txt", *IMAGE_SUFFIXES)):
                 yield fields if isinstance(fields, BadSample) else _assemble(fields)
 
 
-def open_source(path: str | Path) -> Source:
+def open_source(path: str | Path) -> FolderSource | TarSource:
     """Opens a data set and tells its format.
 
     Args:
         path: a folder of images, one .tar shard, a folder of shards, or a brace pattern of shards.
 
     Raises:
-        ValueError: there is nothing to read, or a folder holds both images and shards.
+        ValueError: there is nothing to read, or a folder holds both images and shards, or token shards.
     """
     path = str(path)
     if os.path.isdir(path):
+        if os.path.exists(os.path.join(path, TOKEN_MANIFEST)):
+            raise ValueError(f"path must hold images or .tar shards, got token shards, which only train reads: {path}")
         images, shards = _scan(path)
         if images and shards:
             raise ValueError(
@@ -231,7 +247,8 @@ def _scan(root: str) -> tuple[list[str], list[str]]:
     return sorted(images), sorted(shards)
 
 
-def _order_rng(seed: int, epoch: int) -> np.random.Generator:
+def order_rng(seed: int, epoch: int) -> np.random.Generator:
+    """What the order of an epoch is drawn from."""
     # numpy pads short seeds with zeros, so (seed, epoch) alone would equal the stream of sample 0.
     return np.random.default_rng((seed, epoch, 0, 1))
 
@@ -248,6 +265,18 @@ def _shuffle(items: Iterable[Any], size: int, rng: np.random.Generator) -> Itera
         yield leaving
     for slot in rng.permutation(len(buffer)):
         yield buffer[slot]
+
+
+def _fingerprint(files: Iterable[tuple[str, str]]) -> str:
+    """SHA-256 of (name, size) of each file, given as (name, path); one that is not there counts too."""
+    digest = hashlib.sha256()
+    for name, path in files:
+        try:
+            size = os.path.getsize(path)
+        except OSError:
+            size = None
+        digest.update(f"{name}\0{size}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
 
 
 def _read_bytes(path: str) -> bytes:
@@ -329,7 +358,8 @@ class Loader:
     Args:
         source: where samples come from.
         transform: turns (sample, rng) into a tuple of tensors, the same shapes for every sample; may raise
-            `BadSample`. It runs in several threads at once when num_workers > 0.
+            `BadSample`. It runs in several threads at once when num_workers > 0. What is no tensor comes as a
+            tuple of the samples' values.
         batch_size: samples in a batch; of this process, where several train together.
         seed: fixes order and augmentations.
         shuffle: permute the samples anew in each epoch.
@@ -395,17 +425,22 @@ class Loader:
         self.bad, self.bad_examples = dict(state["bad"]), dict(state["examples"])
         self._state = self._snapshot()
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
         """Batches from the current position on: each slot of the tuples stacked along a new first dim."""
         self.load_state_dict(self._state)
         while True:
             yield from self._epoch_batches()
             self._epoch, self._index = self._epoch + 1, 0
 
-    def _epoch_batches(self) -> Iterator[tuple[torch.Tensor, ...]]:
+    def rest_of_epoch(self) -> Iterator[tuple[Any, ...]]:
+        """The batches of the current epoch from the current position on."""
+        self.load_state_dict(self._state)
+        yield from self._epoch_batches()
+
+    def _epoch_batches(self) -> Iterator[tuple[Any, ...]]:
         first = self._index
         usable = 0
-        batch: list[tuple[torch.Tensor, ...]] = []
+        batch: list[tuple[Any, ...]] = []
         for index, result in self._results():
             self._index = index + 1
             self._seen += 1
@@ -433,7 +468,7 @@ class Loader:
             self._state = self._snapshot()
             yield _stack(batch)
 
-    def _results(self) -> Iterator[tuple[int, tuple[torch.Tensor, ...] | BadSample]]:
+    def _results(self) -> Iterator[tuple[int, tuple[Any, ...] | BadSample]]:
         """Transformed samples of the current epoch from the current position on, in order."""
         epoch = self._epoch
         positions = self.source.positions(self.seed if self.shuffle else None, epoch, self._index)
@@ -456,7 +491,7 @@ class Loader:
                 for _, future in pending:
                     future.cancel()
 
-    def _prepare(self, item: Any, epoch: int, index: int) -> tuple[torch.Tensor, ...] | BadSample:
+    def _prepare(self, item: Any, epoch: int, index: int) -> tuple[Any, ...] | BadSample:
         sample = self.source.load(item)
         if isinstance(sample, BadSample):
             return sample
@@ -484,5 +519,6 @@ class Loader:
         }
 
 
-def _stack(batch: list[tuple[torch.Tensor, ...]]) -> tuple[torch.Tensor, ...]:
-    return tuple(torch.stack(slot) for slot in zip(*batch, strict=True))
+def _stack(batch: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    slots = zip(*batch, strict=True)
+    return tuple(torch.stack(slot) if isinstance(slot[0], torch.Tensor) else slot for slot in slots)

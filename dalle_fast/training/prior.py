@@ -1,4 +1,7 @@
-"""Stage two: train the transformer on captions and the dVAE's tokens (``dalle-fast train``)."""
+"""Stage two: train the transformer on captions and the dVAE's tokens (``dalle-fast train``).
+
+The tokens are those of images, augmented and encoded anew in each epoch, or come from token shards.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,12 @@ from dalle_fast.checkpoint import check_match, load_config
 from dalle_fast.config import to_dict
 from dalle_fast.data.images import augment_for_transformer, decode_image, to_tensor
 from dalle_fast.data.sources import Loader, Sample, open_source
+from dalle_fast.data.token_shards import TokenSample, TokenSource, holds_tokens
 from dalle_fast.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 from dalle_fast.models.dvae import DVAE, DVAEConfig
 from dalle_fast.models.transformer import Dalle, DalleConfig
 from dalle_fast.pipeline import Pipeline, check_parts_match, dalle_checkpoint_config, load_dvae, save_dvae
+from dalle_fast.training.encode import check_encoded_by
 from dalle_fast.training.loop import Outcome, RunConfig, Task, check_update_rule, choose_device, resume_point, train
 from dalle_fast.training.schedules import PlateauHalving, linear_warmup, warmup_cosine
 
@@ -74,13 +79,13 @@ def fit_to_dvae(config: TrainConfig, dvae: DVAEConfig) -> TrainConfig:
 def train_prior(
     data: str | Path, out: Path, dvae_path: str | Path, config: TrainConfig, *, resume: bool = False
 ) -> Path:
-    """Train on the captioned images at ``data`` and return the last checkpoint, which is a whole pipeline.
+    """Train on the captioned images or token shards at ``data`` and return the last checkpoint, a whole pipeline.
 
     A new run first trains its tokenizer on the captions; ``config.model.text_vocab_size`` is then the largest size it
     may have. A resumed run takes its dVAE and tokenizer from its checkpoint.
 
     Args:
-        data: see :func:`dalle_fast.data.sources.open_source`.
+        data: token shards of this dVAE, or see :func:`dalle_fast.data.sources.open_source`.
         out: run directory.
         dvae_path: run or checkpoint of the dVAE.
         resume: go on from the run directory's last checkpoint.
@@ -90,7 +95,8 @@ def train_prior(
     """
     out = Path(out)
     resume_from = resume_point(out, resume)
-    source = open_source(data)
+    source = TokenSource(data) if holds_tokens(data) else open_source(data)
+    encoded = isinstance(source, TokenSource)
     if resume_from is None:
         dvae = load_dvae(dvae_path)
         if config.model.text_vocab_size < MIN_VOCAB_SIZE:
@@ -112,6 +118,8 @@ def train_prior(
             check_match(name, saved["model"].get(name), value, resume_from)
         check_match("decayed", saved.get("train", {}).get("decayed"), config.decayed, resume_from)
         check_match("tokenizer_sha256", saved.get("tokenizer_sha256"), tokenizer.sha256, resume_from)
+    if encoded:
+        check_encoded_by(source, dvae, f"--dvae {dvae_path}" if resume_from is None else f"checkpoint {resume_from}")
     check_parts_match(dvae.config, model_config, tokenizer)
 
     torch.manual_seed(config.seed)
@@ -120,8 +128,11 @@ def train_prior(
     model = Dalle(model_config).to(device)
     size, caption_len = dvae.config.image_size, model_config.caption_len
 
-    def transform(sample: Sample, rng: np.random.Generator) -> tuple[Tensor, ...]:
-        image = to_tensor(augment_for_transformer(decode_image(sample.image), size, rng))
+    def transform(sample: Sample | TokenSample, rng: np.random.Generator) -> tuple[Tensor, ...]:
+        if encoded:
+            image = torch.from_numpy(sample.tokens)
+        else:
+            image = to_tensor(augment_for_transformer(decode_image(sample.image), size, rng))
         text, cut = tokenizer.encode_padded(
             sample.caption, caption_len, dropout=config.bpe_dropout, rng=rng, strict=config.strict
         )
@@ -141,8 +152,8 @@ def train_prior(
     def forward(batch: tuple[Tensor, ...], step: int) -> Outcome:
         images, text, cut = batch
         cut_captions.add_(cut.sum())
-        tokens = dvae.encode(images.contiguous(memory_format=torch.channels_last)).flatten(1)
-        loss = model.loss(text, tokens)
+        tokens = images if encoded else dvae.encode(images.contiguous(memory_format=torch.channels_last))
+        loss = model.loss(text, tokens.flatten(1))
         return Outcome(loss.total, {"text_loss": loss.text, "image_loss": loss.image, "cut_captions": cut_captions})
 
     def learning_rate(step: int) -> float:
