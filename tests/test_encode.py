@@ -267,6 +267,16 @@ def test_config_errors(changes, message):
         EncodeConfig(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"seed": -1}, "seed must be >= 0, got -1"), ({"num_workers": -1}, "num_workers must be >= 0")],
+)
+def test_options_are_checked_before_anything_is_written(pictures, dvae_path, tmp_path, changes, message):
+    with pytest.raises(ValueError, match=message):
+        encode(dvae_path, pictures, tmp_path / "out", dataclasses.replace(CONFIG, **changes))
+    assert not (tmp_path / "out").exists()
+
+
 def test_hash_of_a_dvae(dvae_run):
     dvae = load_dvae(dvae_run)
     before = dvae_sha256(dvae)

@@ -228,7 +228,7 @@ class _Shard:
             file = safe_open(path, framework="np")
             slices = {name: file.get_slice(name) for name in (*shapes, "captions", "keys")}
         except FileNotFoundError:
-            raise TokenShardError(f"token shard {path} is missing") from None
+            raise TokenShardError(f"token shard {path} is missing; encode the data into a new folder") from None
         except (OSError, SafetensorError) as error:
             raise self._damaged(error) from error
         for name, shape in shapes.items():
@@ -270,7 +270,7 @@ class _Shard:
             raise self._damaged(error) from error
 
     def _damaged(self, cause: Exception | str) -> TokenShardError:
-        return TokenShardError(f"token shard {self.path} is damaged: {cause}")
+        return TokenShardError(f"token shard {self.path} is damaged: {cause}; encode the data into a new folder")
 
 
 def _dtype_of(vocab_size: int) -> type[np.unsignedinteger]:

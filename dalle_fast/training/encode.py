@@ -104,14 +104,6 @@ def encode(
         shard_size=config.shard_size,
         device=device.type,
     )
-    manifest = _begin_or_continue(out, fresh, f"dVAE {dvae_path}", data)
-    total = len(source) if isinstance(source, FolderSource) else None
-    report = on_progress or (lambda done, total: None)
-    report(manifest.samples, total)
-    if manifest.finished:
-        return manifest
-
-    dvae = dvae.to(device, memory_format=torch.channels_last)
 
     def transform(sample: Sample, rng: np.random.Generator) -> tuple[Tensor, str, str]:
         image = decode_image(sample.image)
@@ -121,10 +113,6 @@ def encode(
             # One after the other from one generator: a copy does not depend on how many follow.
             crops = [augment_for_transformer(image, size, rng) for _ in range(config.copies)]
         return torch.stack([to_tensor(crop) for crop in crops]), sample.caption, sample.key
-
-    def tokens_of(images: Tensor) -> np.ndarray:
-        images = images.to(device).contiguous(memory_format=torch.channels_last)
-        return dvae.encode(images).cpu().numpy()
 
     loader = Loader(
         source,
@@ -136,8 +124,20 @@ def encode(
         max_bad_share=config.max_bad_share,
         drop_last=False,
     )
+    manifest = _begin_or_continue(out, fresh, f"dVAE {dvae_path}", data)
     if manifest.place is not None:
         loader.load_state_dict(manifest.place)
+    total = len(source) if isinstance(source, FolderSource) else None
+    report = on_progress or (lambda done, total: None)
+    report(manifest.samples, total)
+    if manifest.finished:
+        return manifest
+
+    dvae = dvae.to(device, memory_format=torch.channels_last)
+
+    def tokens_of(images: Tensor) -> np.ndarray:
+        images = images.to(device).contiguous(memory_format=torch.channels_last)
+        return dvae.encode(images).cpu().numpy()
 
     shard = _OpenShard()
     for images, captions, keys in loader.rest_of_epoch():

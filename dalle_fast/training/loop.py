@@ -338,8 +338,10 @@ class _State:
         if task.plateau is not None and saved["plateau"] is not None:
             task.plateau.load_state_dict(saved["plateau"])
         for name, counter in task.counters.items():
-            if name in saved.get("counters", {}):
-                counter.copy_(saved["counters"][name])
+            # Of an earlier version's checkpoint, which lacks it, a count starts anew.
+            count = saved.get("counters", {}).get(name)
+            if count is not None and count.shape == counter.shape:
+                counter.copy_(count)
         torch.set_rng_state(saved["rng"])
         if saved["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(saved["cuda_rng"], self.device)
