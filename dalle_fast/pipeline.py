@@ -247,17 +247,39 @@ def model_config(config_class: type[ModelConfig], config: dict[str, Any], path: 
 
 
 def load_dvae_config(directory: str | Path) -> DVAEConfig:
-    """Read the sizes of the dVAE of a checkpoint, or of a run's newest one."""
+    """Read the sizes of the dVAE that :func:`load_dvae` reads."""
+    published = _published_files(directory)
+    if published is not None:
+        return DVAE.from_openai(*published).config
     path = latest_checkpoint(directory)
     return model_config(DVAEConfig, load_config(path, "dvae"), path)
 
 
 def load_dvae(directory: str | Path) -> DVAE:
-    """Read the dVAE of a checkpoint, or of a run's newest one, with averaged weights if any."""
+    """Read a dVAE, in evaluation mode.
+
+    Args:
+        directory: a checkpoint, or a run, of which the newest one is read, with averaged weights if any; or a folder
+            with the published ``encoder.pkl`` and ``decoder.pkl``.
+
+    Raises:
+        CheckpointError, ValueError: something is missing, damaged, or does not belong together.
+    """
+    published = _published_files(directory)
+    if published is not None:
+        return DVAE.from_openai(*published)
     path = latest_checkpoint(directory)
     dvae = DVAE(load_dvae_config(path))
     _load_best_weights(dvae, path)
     return dvae.eval()
+
+
+def _published_files(directory: str | Path) -> tuple[Path, Path] | None:
+    """The two files of the published dVAE, if one of them is in the folder and no checkpoint is."""
+    encoder, decoder = Path(directory) / "encoder.pkl", Path(directory) / "decoder.pkl"
+    if (Path(directory) / "config.json").exists() or not (encoder.exists() or decoder.exists()):
+        return None
+    return encoder, decoder
 
 
 def _load_best_weights(model: nn.Module, path: Path) -> None:

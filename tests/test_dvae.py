@@ -284,6 +284,86 @@ def test_without_downsampling():
     assert dvae.decode(dvae.encode(torch.rand(1, 1, 16, 16))).shape == (1, 1, 16, 16)
 
 
+@pytest.fixture
+def channels_last(dvae):
+    """The model and images in channels_last, as training has them."""
+    images = torch.rand(2, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+    return dvae.to(memory_format=torch.channels_last), images
+
+
+@pytest.mark.filterwarnings("ignore:Full backward hook is firing")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_channels_last_stays(channels_last, autocast):
+    """No module gets or gives another layout, forward or backward, so that nothing is copied between them."""
+    model, images = channels_last
+    others = []
+
+    def watch(module, inputs, output):
+        for tensor in (*inputs, output):
+            if tensor is not None and not tensor.is_contiguous(memory_format=torch.channels_last):
+                others.append((type(module).__name__, tuple(tensor.shape), tensor.stride()))
+
+    for part in (model.encoder, model.decoder):
+        for module in part.modules():
+            module.register_forward_hook(watch)
+            if not list(module.children()):
+                module.register_full_backward_hook(lambda module, grads, outputs: watch(module, grads, outputs[0]))
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        model.loss(images, 1.0, 1.0).total.backward()
+        model.decode(model.encode(images))
+    assert others == []
+
+
+def test_layout_changes_no_result(dvae):
+    images = torch.rand(2, 3, 16, 16)
+    plain, tokens = dvae.loss(images, 0.7, 1.0, seed=3), dvae.encode(images)
+    dvae.to(memory_format=torch.channels_last)
+    images = images.contiguous(memory_format=torch.channels_last)
+    other = dvae.loss(images, 0.7, 1.0, seed=3)
+    assert torch.equal(dvae.encode(images), tokens)
+    torch.testing.assert_close(other.total, plain.total)
+    torch.testing.assert_close(other.images, plain.images)
+
+
+def test_autocast_is_near_float32(channels_last):
+    model, images = channels_last
+    exact = model.loss(images, 1.0, 1.0, seed=3)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model.loss(images, 1.0, 1.0, seed=3)
+        decoded = model.decode(exact.indices)
+    assert (loss.total.dtype, loss.kl.dtype, loss.images.dtype) == (torch.float32,) * 3
+    torch.testing.assert_close(loss.total, exact.total, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(decoded, model.decode(exact.indices), rtol=0, atol=0.05)
+    loss.total.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_compiles_without_graph_breaks(channels_last):
+    model, images = channels_last
+    encode, decode = (torch.compile(f, fullgraph=True) for f in (model.encode, model.decode))
+    tokens = encode(images)
+    assert torch.equal(tokens, model.encode(images))
+    torch.testing.assert_close(decode(tokens), model.decode(tokens))
+
+
+@pytest.mark.parametrize(("backend", "autocast"), [("inductor", False), ("aot_eager", True)])
+def test_loss_compiles_without_graph_breaks(channels_last, backend, autocast):
+    """With another temperature and weight at the next call, too."""
+    model, images = channels_last
+    compiled = torch.compile(lambda *arguments: model.loss(*arguments, seed=3), backend=backend, fullgraph=True)
+    for tau, kl_weight in ((1.0, 0.0), (0.9, 0.1)):
+        results = []
+        for function in (compiled, lambda *arguments: model.loss(*arguments, seed=3)):
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                loss = function(images, tau, kl_weight)
+            loss.total.backward()
+            results.append([loss.total.detach(), *(parameter.grad.clone() for parameter in model.parameters())])
+        for one, other in zip(*results, strict=True):
+            tolerance = {"rtol": 0.1, "atol": 0.1 * other.abs().max().item()} if autocast else {}
+            torch.testing.assert_close(one, other, **tolerance)
+
+
 VALUES_TESTED_ABOVE = {"likelihood", "log_scale", "residual_gain", "codebook_std", "logit_gain"}  # shapes stay the same
 SIZES = [field.name for field in dataclasses.fields(DVAEConfig) if field.name not in VALUES_TESTED_ABOVE]
 
@@ -342,8 +422,39 @@ def test_config_errors(changes, message):
         (lambda dvae: dvae.decode(torch.tensor([[[-1, 3]]])), "tokens must lie in [0, 12), got -1 to 3"),
         (lambda dvae: dvae.loss(torch.rand(1, 3, 16, 16), 0.0, 1.0), "tau must be finite and > 0, got 0.0"),
         (lambda dvae: dvae.loss(torch.rand(1, 3, 16, 16), -1.0, 1.0), "tau must be finite and > 0, got -1.0"),
+        (lambda dvae: dvae.loss(torch.rand(1, 3, 16, 16), math.nan, 1.0), "tau must be finite and > 0, got nan"),
+        (lambda dvae: dvae.loss(torch.rand(1, 3, 16, 16), math.inf, 1.0), "tau must be finite and > 0, got inf"),
+        (lambda dvae: dvae.loss(torch.rand(1, 3, 16, 16), 1.0, -0.5), "kl_weight must be finite and >= 0, got -0.5"),
+        (lambda dvae: dvae.loss(torch.rand(1, 3, 16, 16), 1.0, math.nan), "kl_weight must be finite and >= 0, got nan"),
+        (
+            lambda dvae: dvae.loss(torch.rand(0, 3, 16, 16), 1.0, 1.0),
+            "images must hold at least one image, got shape (0",
+        ),
+        (lambda dvae: dvae.encode(torch.rand(1, 3, 0, 16)), "image sides must be multiples of 4, got (0, 16)"),
+        (lambda dvae: dvae.encode(torch.full((1, 3, 16, 16), 1.5)), "images must lie in [0, 1], got 1.5 to 1.5"),
+        (lambda dvae: dvae.logits(torch.full((1, 3, 16, 16), -0.25)), "images must lie in [0, 1], got -0.25 to -0.25"),
+        (
+            lambda dvae: dvae.loss(torch.full((1, 3, 16, 16), 255.0), 1.0, 1.0),
+            "images must lie in [0, 1], got 255.0 to",
+        ),
+        (lambda dvae: dvae.encode(torch.full((1, 3, 16, 16), math.nan)), "images must lie in [0, 1], got nan to nan"),
     ],
 )
 def test_call_errors(dvae, call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call(dvae)
+
+
+def test_images_that_are_not_floating_point(dvae):
+    with pytest.raises(TypeError, match=r"^images must be floating point, got torch\.uint8$"):
+        dvae.encode(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))
+    with pytest.raises(TypeError, match=r"^images must be a tensor, got list$"):
+        dvae.loss([0.5], 1.0, 1.0)
+
+
+def test_values_are_not_looked_at_where_that_would_wait():
+    """A tensor without values stands for one of an accelerator, whose values are far away."""
+    with torch.device("meta"):
+        model = tiny_dvae()
+        tokens = model.encode(torch.rand(2, 3, 16, 16))
+        assert model.decode(tokens).shape == (2, 3, 16, 16)

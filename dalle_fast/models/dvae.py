@@ -20,14 +20,17 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle_fast.ops.checks import without_autocast
+from dalle_fast.models.openai import load_part, read_parts, sizes_of
+from dalle_fast.ops.checks import check_floating, shape_of, without_autocast
 from dalle_fast.ops.gumbel import gumbel_quantize
+from dalle_fast.ops.likelihood import logit_laplace_nll
 
 __all__ = [
     "DVAE",
@@ -127,28 +130,12 @@ def unmap_pixels(mapped: Tensor) -> Tensor:
     return ((mapped - PIXEL_MARGIN) / (1 - 2 * PIXEL_MARGIN)).clamp(0, 1)
 
 
-def logit_laplace_nll(target: Tensor, mu: Tensor, log_scale: Tensor | float) -> Tensor:
-    """-ln of the logit-Laplace density, in nats, elementwise.
-
-    -ln f(x | mu, b) = |logit x - mu| / b + ln b + ln 2 + ln x + ln(1 - x)
-
-    Args:
-        target: x, values in (0, 1), as :func:`map_pixels` gives them.
-        mu: same shape.
-        log_scale: ln b, same shape or one number.
-    """
-    log_scale = torch.as_tensor(log_scale, dtype=mu.dtype, device=mu.device)
-    log_odds = torch.log(target) - torch.log1p(-target)
-    log_jacobian = torch.log(target) + torch.log1p(-target)
-    return (log_odds - mu).abs() * torch.exp(-log_scale) + log_scale + math.log(2) + log_jacobian
-
-
 def normal_nll(target: Tensor, mu: Tensor, log_scale: Tensor | float) -> Tensor:
     """-ln of a normal density with mean sigmoid(mu), in nats, elementwise.
 
     -ln f(x | mu, b) = (x - sigmoid mu)^2 / (2 b^2) + ln b + ln(2 pi) / 2
 
-    Args: as :func:`logit_laplace_nll`.
+    Args: as :func:`dalle_fast.ops.likelihood.logit_laplace_nll`.
     """
     log_scale = torch.as_tensor(log_scale, dtype=mu.dtype, device=mu.device)
     error = target - torch.sigmoid(mu)
@@ -289,31 +276,80 @@ class DVAE(nn.Module):
             if config.codebook_std is not None:
                 self.decoder.blocks.input.w.normal_(std=config.codebook_std)
 
+    @classmethod
+    def from_openai(cls, encoder_path: str | Path, decoder_path: str | Path, *, image_size: int = 256) -> DVAE:
+        """The published dVAE, or one with other sizes and the same names, in evaluation mode.
+
+        Args:
+            encoder_path, decoder_path: the published ``encoder.pkl`` and ``decoder.pkl``, or state dicts of the two
+                parts by torch.save or safetensors. Tensors are read, and nothing in the files is run.
+            image_size: side of the images, in pixels, which no tensor tells.
+
+        Raises:
+            ValueError: a file is missing, damaged, swapped with the other, or holds anything but the tensors of one
+                encoder and the decoder that belongs to it; the message names the file and the tensor.
+
+        Source: https://cdn.openai.com/dall-e/encoder.pkl and decoder.pkl.
+        """
+        encoder, decoder = read_parts(encoder_path, decoder_path)
+        config = DVAEConfig(image_size=image_size, **sizes_of(encoder, decoder, encoder_path))
+        with torch.device("meta"):
+            dvae = cls(config)
+        load_part(dvae.encoder, encoder, encoder_path)
+        load_part(dvae.decoder, decoder, decoder_path)
+        return dvae.eval()
+
     def logits(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to (B, vocab_size, H / downsampling, W / downsampling), fp32.
 
         Raises:
-            ValueError: wrong rank, channel count or a side that is no multiple of the downsampling.
+            TypeError: images are not floating point.
+            ValueError: wrong rank, channel count or a side that is no multiple of the downsampling; values outside
+                [0, 1] or NaN (looked for on a CPU; on an accelerator that would synchronise, and under torch.compile
+                it would break the graph).
         """
-        step = self.config.downsampling
-        if images.ndim == 4 and (images.shape[2] % step or images.shape[3] % step):
-            raise ValueError(f"image sides must be multiples of {step}, got {tuple(images.shape[2:])}")
+        self._check_images(images)
         return self.encoder(map_pixels(images))
+
+    def _check_images(self, images: Tensor) -> None:
+        check_floating(images=images)
+        channels, step = self.config.channels, self.config.downsampling
+        if images.ndim != 4 or images.shape[1] != channels:
+            raise ValueError(f"images must have shape (B, {channels}, height, width), got {shape_of(images)}")
+        sides = shape_of(images)[2:]
+        if any(side % step or side == 0 for side in sides):
+            raise ValueError(f"image sides must be multiples of {step}, got {sides}")
+        if _has_values(images):
+            low, high = (bound.item() for bound in images.detach().aminmax())
+            if not 0 <= low <= high <= 1:
+                raise ValueError(f"images must lie in [0, 1], got {low} to {high}")
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Tokens (B, h, w) of images (B, 3, H, W): the arg-max of the logits, no noise."""
+        """Tokens (B, h, w) of images (B, 3, H, W): the arg-max of the logits, no noise.
+
+        At the published sizes the logits are 32 MiB an image, half of one activation of the first group, so that they
+        are made whole: the largest memory is needed before them.
+
+        Raises:
+            As :meth:`logits`.
+        """
         return self.logits(images).argmax(dim=1)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [0, 1] of tokens (B, h, w): the median of each pixel's distribution."""
+        """Images (B, 3, H, W) in [0, 1] of tokens (B, h, w): the median of each pixel's distribution.
+
+        Raises:
+            ValueError: not integers of three dimensions; tokens out of range (looked for on a CPU; elsewhere and under
+                torch.compile PyTorch's own assertion stands).
+        """
         if tokens.ndim != 3 or tokens.is_floating_point():
             raise ValueError(f"tokens must be integers of shape (B, h, w), got {tokens.dtype} {tuple(tokens.shape)}")
-        if tokens.numel() and not 0 <= int(tokens.min()) <= int(tokens.max()) < self.config.vocab_size:
-            raise ValueError(
-                f"tokens must lie in [0, {self.config.vocab_size}), got {int(tokens.min())} to {int(tokens.max())}"
-            )
+        if _has_values(tokens):
+            low, high = (bound.item() for bound in tokens.aminmax())
+            if not 0 <= low <= high < self.config.vocab_size:
+                raise ValueError(f"tokens must lie in [0, {self.config.vocab_size}), got {low} to {high}")
         quantized = F.embedding(tokens, self.decoder.codebook).permute(0, 3, 1, 2)
         return self._pixels(self.decoder.from_quantized(quantized))
 
@@ -321,14 +357,27 @@ class DVAE(nn.Module):
         """The training loss of a batch of images.
 
         Args:
-            images: (B, 3, H, W) in [0, 1].
-            tau: temperature of the relaxation, > 0.
-            kl_weight: the paper's beta, on the KL as summed over positions and divided by the pixel values.
+            images: (B, 3, H, W) in [0, 1], B >= 1.
+            tau: temperature of the relaxation, finite and > 0.
+            kl_weight: the paper's beta, finite and >= 0, on the KL as summed over positions and divided by the pixel
+                values.
             seed: of the Gumbel noise; None draws one from torch's generator.
+
+        Raises:
+            As :meth:`logits`; also ValueError for tau, kl_weight, seed or B out of range.
         """
+        if not 0 < tau < math.inf:
+            raise ValueError(f"tau must be finite and > 0, got {tau}")
+        if not 0 <= kl_weight < math.inf:
+            raise ValueError(f"kl_weight must be finite and >= 0, got {kl_weight}")
+        logits = self.logits(images)
+        if images.shape[0] == 0:
+            raise ValueError(f"images must hold at least one image, got shape {shape_of(images)}")
+        code = gumbel_quantize(logits, self.decoder.codebook, tau, seed=seed)
+        # The decoder goes on in the encoder's layout; the quantiser's results are contiguous.
+        quantized = code.quantized.contiguous(memory_format=_memory_format(logits))
+        statistics = self.decoder.from_quantized(quantized)
         target = map_pixels(images)
-        code = gumbel_quantize(self.logits(images), self.decoder.codebook, tau, seed=seed)
-        statistics = self.decoder.from_quantized(code.quantized)
         mu, log_scale = statistics.chunk(2, dim=1)
         if self.config.log_scale is not None:
             log_scale = self.config.log_scale
@@ -340,3 +389,14 @@ class DVAE(nn.Module):
 
     def _pixels(self, statistics: Tensor) -> Tensor:
         return unmap_pixels(torch.sigmoid(statistics[:, : self.config.channels]))
+
+
+def _has_values(tensor: Tensor) -> bool:
+    """Whether the values can be looked at without waiting for a device or breaking a graph."""
+    is_real = type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.numel() > 0
+    return is_real and not torch.compiler.is_compiling()
+
+
+def _memory_format(tensor: Tensor) -> torch.memory_format:
+    is_channels_last = tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+    return torch.channels_last if is_channels_last else torch.contiguous_format

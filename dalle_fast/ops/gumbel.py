@@ -127,7 +127,7 @@ def gumbel_quantize(
 
 
 def _check_draw(logits: Tensor, tau: float, dim: int, seed: int | Tensor | None) -> None:
-    if not (tau > 0 and math.isfinite(tau)):
+    if not 0 < tau < math.inf:
         raise ValueError(f"tau must be finite and > 0, got {tau}")
     if not -logits.dim() <= dim < logits.dim():
         raise ValueError(f"dim must be a dimension of logits, got {dim} for shape {shape_of(logits)}")

@@ -11,6 +11,7 @@ from dalle_fast.reference.formats import decode_0610, decode_169, encode_0610, e
 from dalle_fast.reference.grad_scale import scaled_resblock, unscale_, update_grad_scale
 from dalle_fast.reference.gumbel import GumbelOutput, gumbel_noise, gumbel_quantize, gumbel_softmax
 from dalle_fast.reference.kv_cache import KVCache, attention_with_kvcache
+from dalle_fast.reference.likelihood import logit_laplace_nll
 from dalle_fast.reference.optim import adamw16_step
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "gumbel_quantize",
     "gumbel_softmax",
     "linear_cross_entropy",
+    "logit_laplace_nll",
     "scaled_resblock",
     "unscale_",
     "update_grad_scale",
