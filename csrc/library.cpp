@@ -21,4 +21,10 @@ STABLE_TORCH_LIBRARY(dalle_fast, m) {
   m.def(
       "gumbel_backward_cpu(Tensor logits, Tensor codebook, Tensor seed, float tau, Tensor stats, Tensor relaxed, "
       "Tensor grad_relaxed, Tensor? grad_kl, Tensor(a!)? grad_logits, Tensor(b!)? grad_codebook) -> ()");
+  m.def(
+      "counted_targets_cpu(Tensor target, int num_classes, int ignore_index, Tensor(a!) positions, Tensor(b!) counted) "
+      "-> int");
+  m.def(
+      "cross_entropy_rows_cpu(Tensor(a!) logits, Tensor? bias, Tensor target, Tensor? factor, bool with_grad, "
+      "Tensor(b!) losses) -> ()");
 }

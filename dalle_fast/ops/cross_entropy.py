@@ -1,6 +1,7 @@
 """Cross-entropy of a linear classifier, hidden states to loss in one op: the public op.
 
-What it computes is defined by ``dalle_fast.reference.cross_entropy``; this module checks the arguments.
+What it computes is defined by ``dalle_fast.reference.cross_entropy``; this module checks the arguments and picks the
+implementation: the kernels, which take the positions in chunks and never have the logits of all, or the reference.
 Logits are float32 or wider, autocast or not (arXiv 2102.12092, appendix D).
 """
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from dalle_fast import reference
+from dalle_fast.ops import backends, cross_entropy_registration
 from dalle_fast.ops.checks import (
     cast_under_autocast,
     check_backend,
@@ -19,6 +21,10 @@ from dalle_fast.ops.checks import (
 )
 
 REDUCTIONS = ("mean", "sum", "none")
+_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_KERNEL_BACKENDS = ("triton", "cpp")
+# Logits up to which "auto" takes plain PyTorch on a CPU: 1 MB. There the kernels save no time, and the memory is small.
+_SMALL_ELEMENTS = 1 << 18
 
 
 def linear_cross_entropy(
@@ -41,7 +47,8 @@ def linear_cross_entropy(
             assertion stands.
         bias: (V,), same dtype and device, or None.
         reduction: "mean" over the positions counted, and 0 (not NaN) if there is none; "sum"; "none".
-        backend: "auto" or "reference".
+        backend: "auto", the fastest there is for these tensors, on a CPU the reference for up to 2^18 logits; "triton",
+            CUDA tensors; "cpp", CPU tensors; both of float32, float16 or bfloat16; "reference", any.
 
     Returns:
         A scalar, or with "none" target's shape; float32 or wider. Under autocast, 16-bit inputs are first
@@ -49,10 +56,10 @@ def linear_cross_entropy(
 
     Raises:
         ValueError: a shape, device, reduction or target out of range.
-        TypeError: not floating point, mixed dtypes, or target not int64.
-        RuntimeError: a backend that is not there.
+        TypeError: not floating point, mixed dtypes, or target not int64; float64 for a backend without it.
+        RuntimeError: a backend that is not there, with the cause and the remedy; a second derivative of a kernel.
     """
-    check_backend("linear_cross_entropy", backend)
+    check_backend("linear_cross_entropy", backend, _KERNEL_BACKENDS)
     hidden, weight, bias = cast_under_autocast(hidden, weight, bias, dtype=torch.float32)
     check_floating(hidden=hidden, weight=weight, **({} if bias is None else {"bias": bias}))
     if reduction not in REDUCTIONS:
@@ -70,12 +77,46 @@ def linear_cross_entropy(
         raise ValueError(f"target must have shape {shape_of(hidden)[:-1]}, got {shape_of(target)}")
     if target.device != hidden.device:
         raise ValueError(f"target must be on {hidden.device}, got {target.device}")
+    kernel = _choose_kernel(backend, hidden, target.numel() * weight.shape[0])
+    if kernel is not None:
+        needed = [_needs_grad(tensor) for tensor in (hidden, weight, bias)]
+        op = cross_entropy_registration.linear_cross_entropy
+        return op(hidden, weight, target, bias, reduction, ignore_index, *needed, kernel)[0]
     if target.device.type == "cpu" and not torch.compiler.is_compiling():
         _check_range(target, weight.shape[0], ignore_index)
     with without_autocast(hidden.device):
         return reference.linear_cross_entropy(
             hidden, weight, target, bias=bias, ignore_index=ignore_index, reduction=reduction
         )
+
+
+def _choose_kernel(backend: str, hidden: Tensor, num_logits: int) -> str | None:
+    """The kernels that ``backend`` means for ``hidden``, "triton" or "cpp"; None is plain PyTorch."""
+    if backend == "reference":
+        return None
+    is_taken, device = hidden.dtype in _KERNEL_DTYPES, hidden.device
+    if backend == "auto":
+        if is_taken and device.type == "cpu" and backends.has_cpp_backend(device):
+            return "cpp" if num_logits > _SMALL_ELEMENTS else None
+        return "triton" if is_taken and backends.has_triton_backend(device) else None
+    if not is_taken:
+        raise TypeError(
+            f'backend "{backend}" of linear_cross_entropy takes float32, float16 and bfloat16, got {hidden.dtype}; '
+            'use backend="reference"'
+        )
+    if backend == "triton":
+        backends.require_triton_backend(device)
+    else:
+        backends.require_cpp_backend(device)
+        if device.type != "cpu":
+            raise RuntimeError(
+                f'backend "cpp" of linear_cross_entropy runs on cpu tensors, got {device}; use backend="triton"'
+            )
+    return backend
+
+
+def _needs_grad(tensor: Tensor | None) -> bool:
+    return tensor is not None and tensor.requires_grad and torch.is_grad_enabled()
 
 
 def _check_range(target: Tensor, num_classes: int, ignore_index: int) -> None:
