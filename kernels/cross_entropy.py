@@ -17,7 +17,7 @@ online sum. Limits: each row contiguous.
 import torch
 import triton
 import triton.language as tl
-from dalle_fast.kernels.common import LN_2, LOG2_E, Compilation, Device, Launch, check_runnable
+from dalle_fast.kernels.common import LN_2, LOG2_E, Compilation, Launch, check_runnable
 from torch import Tensor
 
 # Chosen by what the compilers make of them (Triton 3.6 and 3.9), not by time: no row was measured on a GPU. Eight warps
@@ -35,7 +35,7 @@ def _load_logits(logits, bias, offs_n, num_classes):
     return x
 
 
-@triton.jit(do_not_specialize=["num_classes", "ignore_index"])
+@triton.jit(do_not_specialize=["ignore_index"])
 def _cross_entropy_rows_kernel(
     logits, bias, target, factor, losses, grads,
     stride_logits, stride_grads, num_classes, ignore_index,
@@ -145,7 +145,7 @@ def cross_entropy_rows(
     ).run(logits.device)  # fmt: skip
 
 
-def shipped_configs(device: Device | None = None) -> list[Compilation]:
+def shipped_configs() -> list[Compilation]:
     """What the launches of :func:`cross_entropy_rows` compile, for ahead-of-time compilation.
 
     8192 classes: gradients in place and in 16 bits, losses alone, and with a bias and factors.

@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from dalle_fast.kernels import attention_backward, attention_forward
+from dalle_fast.kernels import attention_backward, attention_forward, cross_entropy
 from dalle_fast.kernels.common import Compilation, Device
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -107,7 +107,8 @@ def compilations(architecture: int) -> dict[str, Compilation]:
     """What the kernels' tables ship, by name."""
     device = CHIPS[architecture].device
     modules = attention_forward, attention_backward
-    return {found.name: found for module in modules for found in module.shipped_configs(device=device)}
+    found = {found.name: found for module in modules for found in module.shipped_configs(device=device)}
+    return found | {found.name: found for found in cross_entropy.shipped_configs()}
 
 
 def shipped() -> list[Job]:
@@ -122,7 +123,31 @@ def shipped() -> list[Job]:
         for always, everywhere, more in ((True, ALWAYS_EVERYWHERE, ALWAYS), (False, SELDOM_EVERYWHERE, SELDOM)):
             for name in named(everywhere + (more if architecture == 90 else []), architecture):
                 jobs.setdefault((name, architecture), Job(name, architecture, always))
-    return list(jobs.values())
+    return [*jobs.values(), *cross_entropy_jobs()]
+
+
+# Cross-entropy: one program a row, no products.
+
+
+def cross_entropy_jobs() -> list[Job]:
+    """All that is shipped for sm_90, and for the others float32 alone."""
+    names = [compilation.name for compilation in cross_entropy.shipped_configs()]
+    others = [Job(names[0], architecture) for architecture in CHIPS if architecture != 90]
+    return [*(Job(name, 90) for name in names), *others]
+
+
+def cross_entropy_faults(job: Job, figures: "Figures") -> list[str]:
+    """Of a kernel that is bound by memory: too few programs to hide it, and logits that are read one by one."""
+    found = []
+    most = CHIPS[job.architecture].warps // figures.warps
+    if figures.programs < most:
+        found.append(f"{figures.programs} programs fit on a multiprocessor, meant are {most}")
+    # Of four logits in each of two loops, or with a bias of twice as many; the target, its logit, bias and factor.
+    vectors = cross_entropy.BLOCK_N // (32 * figures.warps * 4) * (1 if job.name.endswith("-loss") else 2)
+    loads = 2 * vectors + 4 if "-bias" in job.name else vectors + 2
+    if figures.loads > loads:
+        found.append(f"{figures.loads} loads, meant are {loads}: of 16 bytes each")
+    return found
 
 
 def measure_job(job: Job) -> "Figures":
@@ -322,6 +347,8 @@ def faults(job: Job, figures: Figures) -> list[str]:
         f"warps, {f.shared} bytes of shared memory, {f.tensor_columns} columns of tensor memory",
     )
     check(f.narrow_loads == 0, f"{f.narrow_loads} loads of one or two bytes")
+    if job.kernel == "cross_entropy_rows":
+        return found + cross_entropy_faults(job, figures)
     if job.kernel == "sum":
         check(f.hgmma + f.hmma + f.utcmma == 0, "uses tensor cores to add")
         return found

@@ -14,7 +14,7 @@ import sass
 import torch
 import triton
 import triton.language as tl
-from dalle_fast.kernels import attention_backward, attention_forward
+from dalle_fast.kernels import attention_backward, attention_forward, cross_entropy
 from dalle_fast.kernels.common import Compilation, Launch
 from sass import CHIPS, Figures, Job, compilations, faults, measure, regressions, shipped
 from triton.backends.compiler import GPUTarget
@@ -70,6 +70,7 @@ def test_a_launch_compiles_what_is_compiled_here(monkeypatch):
     monkeypatch.setattr(Launch, "compilation", remember)
     for kernels in (attention_forward, attention_backward):
         kernels.shipped_configs(head_dims=(64, 80))
+    cross_entropy.shipped_configs()
     assert len(launches) > 100
     backend = make_backend(GPUTarget("cuda", 90, 32))
     for launch, compilation in launches:
@@ -120,6 +121,12 @@ def test_unaligned_loads_are_found(cache):
     figures = measure(changed(ROW_FLOAT32)._replace(attributes={}), 90)
     assert figures.copies > 0
     assert is_found("0 asynchronous copies of 8 or 16 bytes", ROW_FLOAT32, figures)
+
+
+def test_logits_that_are_read_one_by_one_are_found(cache):
+    job = sass.cross_entropy_jobs()[0]
+    figures = measure(compilations(90)[job.name]._replace(attributes={}), 90)
+    assert is_found("18 loads, meant are 6: of 16 bytes each", job, figures)
 
 
 @triton.jit

@@ -287,8 +287,11 @@ class Dalle(nn.Module):
         x = torch.cat([self.embed_text(text), self.embed_image(image_tokens)], dim=1)
         for layer in self.layers:
             x = layer["mlp"](layer["attention"](x))
-        x = self.norm(x)
-        return x[:, : self.config.caption_len], x[:, self.config.text_states :]
+        # Split, not sliced twice: the gradients are then put together in one copy.
+        text_hidden, _, image_hidden = self.norm(x).split(
+            [self.config.caption_len, 1, x.shape[1] - self.config.text_states], dim=1
+        )
+        return text_hidden, image_hidden
 
     def image_logits(self, hidden: Tensor) -> Tensor:
         """fp32 scores (..., image_vocab_size) of normalised image states (..., width)."""
@@ -367,7 +370,6 @@ class Dalle(nn.Module):
 
 
 def _cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
-    with without_autocast(hidden.device):
-        return linear_cross_entropy(
-            hidden.float().flatten(0, 1), weight.float(), target.flatten(), ignore_index=ignore_index
-        )
+    if hidden.dtype != weight.dtype:
+        hidden, weight = hidden.float(), weight.float()
+    return linear_cross_entropy(hidden, weight, target, ignore_index=ignore_index)
