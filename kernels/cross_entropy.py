@@ -57,9 +57,11 @@ def _cross_entropy_rows_kernel(
         base = tl.where(m_new == float("-inf"), 0.0, m_new)
         total = total * tl.exp2((m - base) * LOG2_E) + tl.sum(tl.exp2((x - base) * LOG2_E), 0)
         m = m_new
-    x_target = tl.load(logits + label, mask=is_counted, other=0.0)
+    # A target out of range reads nothing, and its loss is NaN.
+    is_inside = is_counted & (label >= 0) & (label < num_classes)
+    x_target = tl.load(logits + label, mask=is_inside, other=float("nan"))
     if bias is not None:
-        x_target += tl.load(bias + label, mask=is_counted, other=0.0)
+        x_target += tl.load(bias + label, mask=is_inside, other=0.0)
     loss = tl.log2(total) * LN_2 - (x_target - m)
     tl.store(losses + row, tl.where(is_counted, loss, 0.0))
 
@@ -128,7 +130,7 @@ def cross_entropy_rows(
     Args:
         logits: (N, V) float32, each row contiguous.
         bias: (V,) float32, contiguous, added to each row; or None.
-        target: (N,) int64, contiguous, in 0..V-1 or ignore_index. The range is not checked.
+        target: (N,) int64, contiguous, in 0..V-1 or ignore_index. The loss of any other is NaN.
         factor: (N,) float32, contiguous, of the rows' gradients; None is 1.
         losses: (N,) float32, contiguous. Written: nats, 0 where ignored.
         grads: (N, V) float32, float16 or bfloat16, each row contiguous, ``logits`` itself if they are not needed any

@@ -266,6 +266,13 @@ def test_no_positions(reduction):
     assert all((one == 0).all() for one in found)
 
 
+def test_hidden_states_without_values():
+    inputs = make(5, 0, 9)
+    found = run(inputs)
+    torch.testing.assert_close(found[0], run(inputs, backend="reference")[0])
+    assert [tuple(one.shape) for one in found[1:]] == [(5, 0), (9, 0), (9,)]
+
+
 def test_autocast_changes_nothing():
     inputs = make(23, 12, 50)
     expected = run(inputs, torch.ones(23), reduction="none")

@@ -126,6 +126,14 @@ def test_ignored_rows_are_not_read():
 
 
 @interpreted
+@pytest.mark.parametrize("label", [-1, 40, 2**40])
+def test_a_target_out_of_range_makes_the_loss_nan(label):
+    logits, losses = poisoned(torch.randn(2, 40)), torch.zeros(2)
+    cross_entropy_rows(logits, None, torch.tensor([3, label]), None, losses, None, ignore_index=-100, block_n=16)
+    assert losses[0].isfinite() and losses[1].isnan()
+
+
+@interpreted
 @pytest.mark.parametrize("values", [[math.nan], [math.inf], [-math.inf], [math.inf, -math.inf]])
 def test_not_numbers_among_the_logits(values):
     """In the rows where F.cross_entropy has them."""

@@ -43,8 +43,8 @@ def linear_cross_entropy(
         hidden: (..., D), floating point.
         weight: (V, D), same dtype and device.
         target: (...) int64 in [0, V), or ignore_index: such positions have loss 0 and are not counted. The
-            range is checked on a CPU; on an accelerator, where that would synchronise, PyTorch's own
-            assertion stands.
+            range is checked on a CPU; on an accelerator, where that would synchronise, the kernels make the loss
+            of a target out of range NaN, and with the reference PyTorch's own assertion stands.
         bias: (V,), same dtype and device, or None.
         reduction: "mean" over the positions counted, and 0 (not NaN) if there is none; "sum"; "none".
         backend: "auto", the fastest there is for these tensors, on a CPU the reference for up to 2^18 logits; "triton",

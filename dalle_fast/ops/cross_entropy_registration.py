@@ -60,7 +60,7 @@ def _sweep(hidden, weight, target, bias, upstream, reduction, ignore_index, need
         gradients. All float32; gradients that are not needed are None.
     """
     with without_autocast(hidden.device):
-        hidden, target = hidden.reshape(-1, hidden.shape[-1]), target.reshape(-1).contiguous()
+        hidden, target = hidden.reshape(target.numel(), hidden.shape[-1]), target.reshape(-1).contiguous()
         if backend == "cpp":
             return _sweep_counted(hidden, weight, target, bias, upstream, reduction, ignore_index, needed)
         scale = (target != ignore_index).sum().clamp(min=1).to(torch.float32).reciprocal()
@@ -156,12 +156,11 @@ def _chunks(hidden, weight, target, bias, factor, ignore_index, needed, backend)
 
 def _product(left: Tensor, right: Tensor, out: Tensor, add: bool = False) -> None:
     """left @ right, or with ``add`` that much more, in float32."""
-    if left.dtype == torch.float32:
-        torch.addmm(out, left, right, out=out) if add else torch.mm(left, right, out=out)
+    wide = {} if left.dtype == torch.float32 else {"out_dtype": torch.float32}
+    if add:
+        torch.addmm(out, left, right, out=out, **wide)
     else:
-        torch.addmm(out, left, right, out_dtype=torch.float32, out=out) if add else torch.mm(
-            left, right, out_dtype=torch.float32, out=out
-        )
+        torch.mm(left, right, out=out, **wide)
 
 
 def _cross_entropy_rows(logits, bias, target, factor, ignore_index, losses, grads, backend) -> None:
