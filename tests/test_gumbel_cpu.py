@@ -193,6 +193,31 @@ def test_the_same_bits_for_any_number_of_threads(dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("dtype", "shape", "dim", "first"),
+    [
+        (torch.float32, (1030, 4096), -1, 20),
+        (torch.bfloat16, (2070, 4100), -1, 33),  # rows that are no whole lines of the cache
+        (torch.float16, (2, 4096, 1030), 1, 1),
+        (torch.float32, (2, 2050, 1040), 1, 1),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("shift", [0, 1])
+def test_gradients_that_pass_by_the_cache(level, dtype, shape, dim, first, shift):
+    """Those of large logits are written in another way than those of a part of them, and have the same bits."""
+    logits, codebook = make(shape, dim, 4, dtype)
+    assert logits.nbytes >= 2**24
+    shifted = torch.empty(logits.numel() + shift, dtype=dtype)[shift:].view(shape).copy_(logits.detach())
+    grads = []
+    for x in (shifted, logits[:first]):
+        x = x.detach().requires_grad_()
+        out = gumbel_quantize(x, codebook, dim=dim, seed=2, backend="cpp")
+        rows = out.quantized.movedim(dim, -1).square().sum() + out.kl.sum()
+        grads.append(torch.autograd.grad(rows, x)[0])
+    assert torch.equal(grads[0][:first], grads[1])
+
+
 def test_a_longer_batch_begins_with_the_shorter_one(level):
     logits, codebook = make((37, 200), -1, 8)
     whole, part = (gumbel_quantize(x, codebook, dim=-1, seed=6, backend="cpp") for x in (logits, logits[:20]))
