@@ -6,8 +6,8 @@ repository is written to, and build/gpu keeps what is compiled too. The stages, 
     machine      what is there: GPU, driver, versions, commit
     build        the package with its C++ and CUDA extension, for this GPU alone; where that fails, without it
     test         every test with cuda, gpu or triton in its name, in several processes where pytest-xdist is installed
-    compile      FlexAttention for every row of the benchmark, on all cores: one after the other takes minutes
-    benchmark    benchmarks/bench_attention.py; as many rows as there is time for
+    compile      the rivals of every row of the benchmarks, on all cores: one after the other takes minutes
+    benchmark    benchmarks/bench_gumbel.py and bench_attention.py; as many rows as there is time for
     exercise     small calls of every op
     memcheck     the same under compute-sanitizer, where it is installed
     racecheck    the same
@@ -48,7 +48,8 @@ ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build" / "gpu"
 SITE = BUILD / "site"
 RESULTS = ROOT / "benchmarks" / "results"
-BENCHMARKS = ["benchmarks/bench_attention.py"]
+# The few rows first, since a time limit cuts the end off.
+BENCHMARKS = ["benchmarks/bench_gumbel.py", "benchmarks/bench_attention.py"]
 
 TOTAL_SECONDS = 460
 LIMIT_SECONDS = {
@@ -68,6 +69,7 @@ GRACE_SECONDS = 15  # from the interrupt to the kill; pytest-benchmark writes it
 LEAST_SECONDS = 5  # with less left, a stage is not started
 
 DRY_RUN_ROWS = "small-row"
+DRY_RUN_SELECTION = f"{DRY_RUN_ROWS} or forward-gumbel_quantize"
 DRY_RUN_PATIENCE = 10.0
 
 TESTS_OF_GPU = "cuda or gpu or triton"
@@ -337,7 +339,7 @@ def run_stages(run: Run, machine: dict[str, Any], dry_run: bool) -> tuple[dict[s
     benchmark_json.unlink(missing_ok=True)
     seconds = run.left("benchmark", keep_seconds=SANITIZER_SECONDS)
     command = [*pytest, *BENCHMARKS, "--benchmark-only", "-rs", f"--benchmark-json={benchmark_json}"]
-    command += ["--benchmark-columns=median,rounds", *(["-k", rows] if rows else [])]
+    command += ["--benchmark-columns=median,rounds", *(["-k", DRY_RUN_SELECTION] if dry_run else [])]
     limit = {"DALLE_FAST_BENCH_SECONDS": f"{max(0.0, seconds - LAST_ROW_SECONDS):.0f}"}
     run.stage("benchmark", command, seconds, DALLE_FAST_COMMIT=commit(), **limit)
     benchmarks = read_benchmarks(benchmark_json)
@@ -384,23 +386,27 @@ def write_results(
 
 
 def compile_rivals(words: str) -> None:
-    """Run every row of the attention benchmark that compiles code, in as many processes as there are cores.
+    """Run every row of the benchmarks that compiles code, in as many processes as there are cores.
 
     Args:
         words: only rows whose id holds them.
     """
     import bench_attention
+    import bench_gumbel
     import rivals
 
     rows = [row.values for row in bench_attention.ROWS if words in row.id]
     # Tuning takes the GPU for itself.
     wanted = [(op, case) for case, op in rows if rivals.OPS[op].compiles and op != "flex_autotuned"]
+    sizes = [bench_gumbel.LARGE._replace(forward=forward) for forward in (True, False)]
+    sizes = [each for each in sizes if words in ("forward-compiled" if each.forward else "training-compiled")]
     context = multiprocessing.get_context("spawn")  # a fork cannot use the GPU
-    with ProcessPoolExecutor(min(len(wanted), os.cpu_count() or 1), context) as pool:
-        futures = {pool.submit(_call_once, op, case): (op, case) for op, case in wanted}
+    with ProcessPoolExecutor(min(len(wanted) + len(sizes), os.cpu_count() or 1), context) as pool:
+        futures = [pool.submit(_quantize_once, each) for each in sizes]
+        futures += [pool.submit(_call_once, op, case) for op, case in wanted]
         for future in as_completed(futures):
             future.result()
-    print(f"{len(wanted)} rows compiled")
+    print(f"{len(futures)} rows compiled")
 
 
 def _call_once(op: str, case: Any) -> None:
@@ -409,6 +415,16 @@ def _call_once(op: str, case: Any) -> None:
 
     rivals.make_call(op, case)()
     torch.cuda.empty_cache()  # the other processes need memory, too
+
+
+def _quantize_once(sizes: Any) -> None:
+    import bench_gumbel
+    import torch
+
+    if sizes.forward:
+        bench_gumbel.assert_quantizes("compiled", bench_gumbel.LARGE)
+    bench_gumbel.make_call("compiled", sizes)()
+    torch.cuda.empty_cache()
 
 
 def exercise() -> None:
@@ -430,6 +446,16 @@ def exercise() -> None:
             out = dalle_fast.attention_qkvpacked(qkv, pattern, text_lens=text_lens)
             (gradient,) = torch.autograd.grad(out.float().sum(), qkv)
             assert out.isfinite().all() and gradient.isfinite().all()
+            calls += 1
+    for dtype, codes in ((torch.bfloat16, 300), (torch.float32, 256)):
+        logits = torch.randn(2, codes, 7, 9).to(device, dtype).requires_grad_()
+        codebook = torch.randn(codes, 40).to(device, dtype).requires_grad_()
+        for hard in (False, True):
+            soft = dalle_fast.gumbel_softmax(logits, 0.5, hard, dim=1)
+            found = dalle_fast.gumbel_quantize(logits, codebook, 0.5, hard=hard)
+            loss = soft.float().square().sum() + found.quantized.float().sum() + found.kl.sum()
+            gradients = torch.autograd.grad(loss, (logits, codebook))
+            assert all(each.isfinite().all() for each in (soft, found.quantized, found.kl, *gradients))
             calls += 1
     values = torch.randn(1001).to(device)
     backend = "cpp" if dalle_fast.ops.backends.has_cpp_backend(values.device) else "reference"

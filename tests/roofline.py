@@ -1,12 +1,13 @@
-"""The least time an H200 could take for each attention kernel, from its machine code, its tiles and its traffic.
+"""The least time an H200 could take for each Triton kernel, from its machine code, its tiles and its traffic.
 
-    python tests/roofline.py    a table in Markdown, of the newest version of Triton in sass.json
+    python tests/roofline.py    tables in Markdown, of the newest version of Triton in sass.json
 
-At the published size, B 8, H 62, D 64 in bfloat16. Four parts of the device could each be what takes longest:
+Attention at the published size, B 8, H 62, D 64; Gumbel quantisation of 64 images, 65,536 positions with 8192 codes of
+128 values; both in bfloat16. Four parts of the device could each be what takes longest:
 
     issue    instructions of the loops, one a clock for each of the four schedulers of a multiprocessor
     tensor   multiplications of all pairs the tiles compute, masked ones too
-    ex2      16 exponentials a clock and multiprocessor
+    ex2      16 exponentials or logarithms a clock and multiprocessor
     memory   every input read once and every result written once
 
 The bound is the longest of them. Latency, the code outside the loops, traffic between L2 and the multiprocessors, and
@@ -124,6 +125,44 @@ def table(record: dict[str, dict[str, sass.Figures]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+ROWS, CODES, WIDTH = 65536, 8192, 128
+GUMBEL_PASSES = {"fwd": 1, "dl": 2, "dcodebook": 1}  # over the logits or their gradient
+
+
+def least_gumbel_seconds(kernel: str, figures: sass.Figures) -> dict[str, float]:
+    """Each part's time for a kernel of Gumbel quantisation."""
+    if len(figures.loops) != 1:
+        raise ValueError(f"{kernel} has {len(figures.loops)} loops in its machine code, not one")
+    chip, elements = sass.CHIPS[ARCHITECTURE], figures.tiles[0] * 4 * figures.tiles[1]
+    issue, _, ex2 = sass.clocks(figures.loops[0], figures, ARCHITECTURE)
+    per_clock = ROWS * CODES / elements / (chip.device.num_sms * CLOCK)
+    return {
+        "issue": issue * per_clock,
+        "tensor": ROWS * CODES * WIDTH / MACS_PER_SECOND,
+        "ex2": ex2 * per_clock,
+        "memory": GUMBEL_PASSES[kernel] * ROWS * CODES * ITEMSIZE / BYTES_PER_SECOND,
+    }
+
+
+def gumbel_table(record: dict[str, dict[str, sass.Figures]]) -> str:
+    """The kernels of Gumbel quantisation that sass.json has at this size, as Markdown; microseconds."""
+    version = max(record, key=lambda version: [int(n) for n in version.split(".")])
+    parts = ["issue", "tensor", "ex2", "memory"]
+    titles = ["kernel", "channels", "registers", "instructions an element", *parts, "bound", "by"]
+    rows = [titles, ["---", "---", *["--:"] * 7, "---"]]
+    for kernel in GUMBEL_PASSES:
+        for layout in ("first", "last"):
+            figures = record[version][f"gumbel_{kernel}-{layout}-{WIDTH}-bfloat16-sm_{ARCHITECTURE}"]
+            seconds = least_gumbel_seconds(kernel, figures)
+            slowest = max(seconds, key=seconds.get)
+            elements = figures.tiles[0] * 4 * figures.tiles[1] / (32 * figures.warps)
+            numbers = [*(seconds[part] for part in parts), seconds[slowest]]
+            micro = [f"{number * 1e6:,.0f}" for number in numbers]
+            cost = f"{figures.loops[0]['instructions'] / elements:.0f}"
+            rows.append([kernel, layout, str(figures.registers), cost, *micro, slowest])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 if __name__ == "__main__":
-    print(table(sass.read_record()))
+    print(table(sass.read_record()), gumbel_table(sass.read_record()), sep="\n\n")
     sys.exit(0)

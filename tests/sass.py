@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from dalle_fast.kernels import attention_backward, attention_forward, cross_entropy
+from dalle_fast.kernels import attention_backward, attention_forward, cross_entropy, gumbel, gumbel_backward
 from dalle_fast.kernels.common import Compilation, Device
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -74,8 +74,13 @@ class Job(NamedTuple):
 
     @property
     def kernel(self) -> str:
-        """ "fwd", "dq", "dkdv", or "sum", which adds up the shares of dkdv."""
-        return self.name.partition("-")[0].removeprefix("attention_")
+        """ "fwd", "dq", "dkdv", "weights", "dl", "dcodebook", "cross_entropy_rows", or "sum", which adds up shares."""
+        return self.name.partition("-")[0].removeprefix("attention_").removeprefix("gumbel_")
+
+    @property
+    def is_gumbel(self) -> bool:
+        """Whether it is a kernel of Gumbel quantisation, whose exponentials are not those of scores."""
+        return self.name.startswith("gumbel_")
 
     @property
     def is_rounded(self) -> bool:
@@ -102,11 +107,21 @@ SELDOM = [
 ]
 
 
+# The same of Gumbel quantisation, without "gumbel_": layout of the logits, columns of the codebook.
+GUMBEL_ALWAYS_EVERYWHERE = ["(fwd|dl|dcodebook)-(first|last)-128-bfloat16", "sum-first-128-bfloat16"]
+GUMBEL_ALWAYS = ["weights-(first|last)-128-bfloat16", "(fwd|dl|dcodebook)-first-128-float32"]
+GUMBEL_SELDOM_EVERYWHERE = ["(fwd|dl|dcodebook)-first-128-float32"]
+GUMBEL_SELDOM = [
+    "(fwd|dl|dcodebook)-first-(16|64)-bfloat16",
+    "(fwd|dl|dcodebook)-first-128-(float16|bfloat16-ragged)",
+]
+
+
 @functools.cache
 def compilations(architecture: int) -> dict[str, Compilation]:
     """What the kernels' tables ship, by name."""
     device = CHIPS[architecture].device
-    modules = attention_forward, attention_backward
+    modules = attention_forward, attention_backward, gumbel, gumbel_backward
     found = {found.name: found for module in modules for found in module.shipped_configs(device=device)}
     return found | {found.name: found for found in cross_entropy.shipped_configs()}
 
@@ -114,14 +129,19 @@ def compilations(architecture: int) -> dict[str, Compilation]:
 def shipped() -> list[Job]:
     """What is compiled of all that: not every pattern with every head size, nor everything for each architecture."""
 
-    def named(patterns: list[str], architecture: int) -> list[str]:
-        wanted = re.compile("attention_(" + "|".join(patterns) + ")")
+    def named(op: str, patterns: list[str], architecture: int) -> list[str]:
+        wanted = re.compile(f"{op}_(" + "|".join(patterns) + ")")
         return [name for name in compilations(architecture) if wanted.fullmatch(name)]
 
     jobs = {}
     for architecture in CHIPS:
-        for always, everywhere, more in ((True, ALWAYS_EVERYWHERE, ALWAYS), (False, SELDOM_EVERYWHERE, SELDOM)):
-            for name in named(everywhere + (more if architecture == 90 else []), architecture):
+        for always, op, everywhere, more in (
+            (True, "attention", ALWAYS_EVERYWHERE, ALWAYS),
+            (False, "attention", SELDOM_EVERYWHERE, SELDOM),
+            (True, "gumbel", GUMBEL_ALWAYS_EVERYWHERE, GUMBEL_ALWAYS),
+            (False, "gumbel", GUMBEL_SELDOM_EVERYWHERE, GUMBEL_SELDOM),
+        ):
+            for name in named(op, everywhere + (more if architecture == 90 else []), architecture):
                 jobs.setdefault((name, architecture), Job(name, architecture, always))
     return [*jobs.values(), *cross_entropy_jobs()]
 
@@ -169,6 +189,12 @@ def intended_programs(job: Job, figures: "Figures") -> int:
 def stated_shared(job: Job) -> int:
     """Bytes of shared memory by the kernels' tables, which refuse a device that has less."""
     tables = {"fwd": attention_forward.TILES, "dq": attention_backward.DQ_TILES, "dkdv": attention_backward.DKDV_TILES}
+    if job.is_gumbel:
+        tables = {"fwd": gumbel.FORWARD_TILES, "dl": gumbel_backward.DL_TILES}
+        tables["dcodebook"] = gumbel_backward.DCODEBOOK_TILES
+        width = int(job.name.split("-")[2])
+        _, shared = tables[job.kernel][job.architecture // 10, 2 if job.is_rounded else 4, width]
+        return shared
     block_d = named_constants(compilations(job.architecture)[job.name])["BLOCK_D"]
     _, shared = tables[job.kernel][job.architecture // 10, 2 if job.is_rounded else 4, block_d]
     return shared
@@ -178,7 +204,7 @@ class Figures(NamedTuple):
     """What one kernel takes of a multiprocessor, and its instructions.
 
     Attributes:
-        tiles: BLOCK_M, BLOCK_N, BLOCK_W, as far as the kernel has them.
+        tiles: BLOCK_M, BLOCK_N, BLOCK_W, LANES, as far as the kernel has them.
         programs: that fit on a multiprocessor at a time.
         spills: instructions that read or write local memory.
         products: tl.dot after pipelining, on sm_90 those of warp groups alone.
@@ -245,7 +271,7 @@ def measure(compilation: Compilation, architecture: int) -> Figures:
     scores = sum(math.prod(map(int, shape)) for shape in MATRIX_EXP2.findall(intermediate))
     tensor_columns = getattr(metadata, "tmem_size", None) or 0
     return Figures(
-        tiles=[constants[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_W") if name in constants],
+        tiles=[constants[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_W", "LANES") if name in constants],
         warps=metadata.num_warps,
         stages=metadata.num_stages,
         registers=resources["REG"],
@@ -309,7 +335,7 @@ def loops(code: list[tuple[int, str, str]]) -> list[dict[str, int]]:
             loop = {
                 "instructions": len(body),
                 "macs": macs,
-                "ex2": count(r"MUFU\.EX2"),
+                "ex2": count(r"MUFU\.(EX2|LG2)"),
                 "fp32": count("FFMA|FADD|FMUL|FMNMX|FSEL|FSETP"),
                 "copies": count("LDGSTS|UTMALDG"),
             }
@@ -352,6 +378,9 @@ def faults(job: Job, figures: Figures) -> list[str]:
     if job.kernel == "sum":
         check(f.hgmma + f.hmma + f.utcmma == 0, "uses tensor cores to add")
         return found
+    if job.kernel == "weights":
+        check(f.hgmma + f.hmma + f.utcmma == 0, "uses tensor cores without a product")
+        return found
 
     stated = stated_shared(job)
     check(f.shared <= stated, f"{f.shared} bytes of shared memory, {stated} by the table of tiles")
@@ -360,11 +389,16 @@ def faults(job: Job, figures: Figures) -> list[str]:
     for opcode, number in counts.items():
         check((number > 0) == (opcode == unit), f"{number} {opcode}, meant is {unit or 'no tensor core'}")
     if unit is None:
-        check(f.ffma >= 8 * f.scores, f"{f.ffma} FFMA for {f.scores:g} scores: the products are not in float32")
+        check(f.ffma >= 8 * max(f.scores, 1), f"{f.ffma} FFMA for {f.scores:g} scores: the products are not in float32")
     if unit == "HGMMA":
         # One to start and one to wait for each product; a compiler that cannot keep it asynchronous puts them around
         # each HGMMA.
         check(f.warpgroup <= 2 * f.products, f"{f.warpgroup} WARPGROUP for {f.products} products: they are serialised")
+    if job.is_gumbel:
+        # Exponentials of y, and of q where it has a part; twice where the pipeline begins with a step of its own.
+        weights = f.tiles[0] * 4 * f.tiles[1] / (32 * f.warps) * (1 if job.kernel == "dcodebook" else 2)
+        check(weights <= f.ex2 <= 2 * weights * max(1, f.products) + 16, f"{f.ex2} MUFU.EX2 for {weights:g} weights")
+        return found
     if f.stages > 1:
         check(f.wide_copies > 0, f"{f.wide_copies} asynchronous copies of 8 or 16 bytes, of {f.copies}")
     # Triton lets warps that find no rows of their own compute those of others, where the scores feed another product.
@@ -381,6 +415,9 @@ def tensor_cores_of(job: Job, figures: Figures) -> str | None:
     """The instruction that the products are meant to be; None is float32."""
     if not job.is_rounded:
         return None
+    if job.is_gumbel:
+        wide = rows_of(job, figures) >= 64 and figures.warps >= 4
+        return {80: "HMMA", 90: "HGMMA" if wide else "HMMA", 100: "UTCMMA" if wide else "HMMA"}[job.architecture]
     # Warp groups compute 64 rows at a time.
     if job.architecture == 80 or rows_of(job, figures) < 64:
         return "HMMA"
@@ -388,7 +425,9 @@ def tensor_cores_of(job: Job, figures: Figures) -> str | None:
 
 
 def rows_of(job: Job, figures: Figures) -> int:
-    """Of the matrix of scores: queries, for the gradients of key and value keys."""
+    """Of the matrix of scores: queries, for the gradients of key and value keys; for that of a codebook its columns."""
+    if job.kernel == "dcodebook":
+        return int(job.name.split("-")[2])
     return figures.tiles[1 if job.kernel == "dkdv" else 0]
 
 

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from helpers import randomize, tiny_dvae
+from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from dalle_fast.models.dvae import DVAE, DVAEConfig, logit_laplace_nll, map_pixels, normal_nll, unmap_pixels
@@ -362,6 +363,17 @@ def test_loss_compiles_without_graph_breaks(channels_last, backend, autocast):
         for one, other in zip(*results, strict=True):
             tolerance = {"rtol": 0.1, "atol": 0.1 * other.abs().max().item()} if autocast else {}
             torch.testing.assert_close(one, other, **tolerance)
+
+
+def test_schedules_compile_the_loss_once(channels_last):
+    """Once for the first update, whose values are constants, and once for all others."""
+    torch._dynamo.reset()
+    model, images = channels_last
+    counter = CompileCounter()
+    compiled = torch.compile(model.loss, backend=counter, fullgraph=True)
+    for tau, kl_weight in ((1.0, 0.0), (0.9, 0.1), (0.8, 0.2), (0.5, 2.0), (1 / 16, 6.6)):
+        compiled(images, tau, kl_weight)
+    assert counter.frame_count <= 2
 
 
 VALUES_TESTED_ABOVE = {"likelihood", "log_scale", "residual_gain", "codebook_std", "logit_gain"}  # shapes stay the same

@@ -217,6 +217,18 @@ def test_hard_has_the_gradient_of_soft(backend):
 
 
 @each_backend
+def test_hard_quantisation_has_both_gradients_of_soft(backend):
+    logits = torch.randn(2, 9, 5, dtype=widest(backend), requires_grad=True)
+    codebook = torch.randn(9, 4, dtype=widest(backend), requires_grad=True)
+    upstream = torch.randn(2, 4, 5, dtype=widest(backend))
+    outs = [gumbel_quantize(logits, codebook, 0.8, hard=hard, seed=1, backend=backend) for hard in (False, True)]
+    assert torch.equal(outs[1].quantized, codebook[outs[1].indices].movedim(-1, 1))
+    soft, hard = (torch.autograd.grad(out.quantized, (logits, codebook), upstream) for out in outs)
+    for one, other in zip(soft, hard, strict=True):
+        assert torch.equal(one, other)
+
+
+@each_backend
 def test_stride_0_gradient(backend):
     logits = torch.randn(2, 5, 3, requires_grad=True)
     out = gumbel_quantize(logits, torch.randn(5, 4), seed=1, backend=backend).quantized
@@ -352,10 +364,15 @@ def test_codebook_errors(codebook, error, message):
 
 
 def test_missing_backends(monkeypatch):
-    with pytest.raises(RuntimeError, match='"triton" of gumbel_softmax is not part of this version; use backend='):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match='backend="triton" is not available: '):
         gumbel_softmax(LOGITS, backend="triton")
-    with pytest.raises(RuntimeError, match='"triton" of gumbel_quantize is not part of this version; use backend='):
+    with pytest.raises(RuntimeError, match='backend="triton" is not available: '):
         gumbel_quantize(LOGITS, CODEBOOK, backend="triton")
+    with pytest.raises(
+        TypeError, match=r'"triton" of gumbel_quantize takes float32, float16 and bfloat16, got torch\.f'
+    ):
+        gumbel_quantize(LOGITS.double(), CODEBOOK.double(), backend="triton")
     with pytest.raises(TypeError, match=r'"cpp" of gumbel_softmax takes float32, float16 and bfloat16, got torch\.f'):
         gumbel_softmax(LOGITS.double(), backend="cpp")
     monkeypatch.setattr(backends, "extension", None)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers import assert_within_budget, needs_extension
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 
 from dalle_fast import reference
@@ -16,6 +17,8 @@ from dalle_fast.ops.gumbel import gumbel_quantize, gumbel_softmax
 pytestmark = needs_extension
 
 OPS = torch.ops.dalle_fast
+HALF = torch.tensor(0.5, dtype=torch.float64)  # a temperature, as the ops take it
+SEED = torch.tensor(3)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 
 
@@ -253,20 +256,20 @@ LAYOUTS = [((2, 40, 3, 5), 1), ((6, 40), -1), ((4, 3, 40), -1), ((40, 6), 0)]
 @pytest.mark.parametrize(("shape", "dim"), LAYOUTS)
 def test_opcheck(dtype, shape, dim):
     logits, codebook = make(shape, dim, 5, dtype)
-    seed, common = torch.tensor(3), (0.5, False, dim, "cpp")
+    seed, common = torch.tensor(3), (HALF, False, dim, "cpp")
     torch.library.opcheck(OPS.gumbel_quantize, (logits, codebook, seed, *common))
     torch.library.opcheck(OPS.gumbel_softmax, (logits, seed, *common))
     quantized, _, kl, stats, relaxed = OPS.gumbel_quantize(logits.detach(), codebook.detach(), seed, *common)
     saved = (logits.detach(), codebook.detach(), seed, stats, relaxed, torch.randn_like(quantized), kl)
     for needed in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(OPS.gumbel_quantize_backward, (*saved, 0.5, dim, *needed, "cpp"))
-    torch.library.opcheck(OPS.gumbel_softmax_weights, (logits.detach(), seed, stats, 0.5, dim, "cpp"))
+        torch.library.opcheck(OPS.gumbel_quantize_backward, (*saved, HALF, dim, *needed, "cpp"))
+    torch.library.opcheck(OPS.gumbel_softmax_weights, (logits.detach(), seed, stats, HALF, dim, "cpp"))
 
 
 @pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last, every_other])
 def test_fake_tensors_are_like_real_ones(layout):
     logits, codebook = (tensor.detach() for tensor in make((2, 40, 3, 5), 1, 6))
-    args = layout(logits), codebook, torch.tensor(1), 0.5, False, 1, "cpp"
+    args = layout(logits), codebook, torch.tensor(1), HALF, False, 1, "cpp"
     real = OPS.gumbel_quantize(*args)
     with FakeTensorMode() as mode:
         fake = OPS.gumbel_quantize(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in args))
@@ -290,6 +293,22 @@ def test_compiled_equals_eager():
     torch._dynamo.reset()
 
 
+def test_a_schedule_of_temperatures_compiles_twice_at_most():
+    torch._dynamo.reset()
+    counter = CompileCounter()
+
+    def quantize(logits, codebook, tau):
+        out = gumbel_quantize(logits, codebook, tau, seed=SEED)
+        return out.quantized, gumbel_softmax(logits, tau, dim=1, seed=SEED)
+
+    compiled = torch.compile(quantize, fullgraph=True, backend=counter)
+    inputs = make((2, 40, 7), 1, 6)
+    for tau in (1.0, 0.9, 0.5, 0.25, 1 / 16):
+        for one, other in zip(compiled(*inputs, tau), quantize(*inputs, tau), strict=True):
+            assert torch.equal(one, other)
+    assert counter.frame_count <= 2  # for a constant, and for any number
+
+
 def test_second_derivative_is_refused():
     logits, codebook = make((6, 40), -1, 5)
     out = gumbel_quantize(logits, codebook, dim=-1, seed=1)
@@ -299,10 +318,10 @@ def test_second_derivative_is_refused():
 
 
 def test_what_is_saved_for_the_backward():
-    """Next to logits and codebook: six numbers and the quantised vector of each position."""
+    """Next to logits, codebook, seed and temperature: six numbers and the quantised vector of each position."""
     logits, codebook = make((2, 300, 8, 8), 1, 16)
     saved: list[Tensor] = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
         gumbel_quantize(logits, codebook, seed=1)
     sizes = sorted(tensor.numel() for tensor in saved)
-    assert sizes == sorted([1, logits.numel(), codebook.numel(), 6 * 128, 16 * 128])
+    assert sizes == sorted([1, 1, logits.numel(), codebook.numel(), 6 * 128, 16 * 128])

@@ -14,7 +14,7 @@ import sass
 import torch
 import triton
 import triton.language as tl
-from dalle_fast.kernels import attention_backward, attention_forward, cross_entropy
+from dalle_fast.kernels import attention_backward, attention_forward, cross_entropy, gumbel, gumbel_backward
 from dalle_fast.kernels.common import Compilation, Launch
 from sass import CHIPS, Figures, Job, compilations, faults, measure, regressions, shipped
 from triton.backends.compiler import GPUTarget
@@ -70,8 +70,9 @@ def test_a_launch_compiles_what_is_compiled_here(monkeypatch):
     monkeypatch.setattr(Launch, "compilation", remember)
     for kernels in (attention_forward, attention_backward):
         kernels.shipped_configs(head_dims=(64, 80))
-    cross_entropy.shipped_configs()
-    assert len(launches) > 100
+    for kernels in (gumbel, gumbel_backward, cross_entropy):
+        kernels.shipped_configs()
+    assert len(launches) > 200
     backend = make_backend(GPUTarget("cuda", 90, 32))
     for launch, compilation in launches:
         kernel, values = launch.kernel, launch.arguments | launch.constants | launch.options
@@ -163,6 +164,22 @@ def test_wrong_exponentials_are_found(form, fault, cache):
     figures = measure(launch.compilation("weights"), 90)._replace(tiles=[64, 64, 32])
     found = [text for text in faults(ROW, figures) if "scores" in text]
     assert found == [] if fault is None else any(fault in text for text in found)
+
+
+def test_gumbel_of_one_position_and_one_code_compiles(cache):
+    """Sizes of 1 are constants of the compilation."""
+    logits, stats = torch.empty(1, 1, 1, dtype=torch.bfloat16, device="meta"), torch.empty(6, 1, device="meta")
+    seed, numbers = torch.empty((), dtype=torch.int64, device="meta"), torch.empty(1, device="meta")
+    indices, options = torch.empty(1, dtype=torch.int64, device="meta"), {"tau": 1.0, "device": CHIPS[90].device}
+    tensors = logits, logits[0], seed, stats
+    launches = [
+        gumbel.plan_fwd(*tensors, indices, numbers, numbers[None], logits, hard=True, **options),
+        gumbel.plan_weights(logits, seed, stats, logits, **options),
+        *gumbel_backward.plan_bwd(*tensors, numbers[None], logits, None, logits, logits[0], **options),
+    ]
+    assert len(launches) == 4
+    for launch in launches:
+        assert measure(launch.compilation(launch.kernel.fn.__name__), 90).spills == 0
 
 
 FIGURES = Figures(
@@ -278,6 +295,8 @@ def test_record_has_every_job_and_no_fault(version):
 def test_roofline_in_the_documentation():
     text = (Path(__file__).parents[1] / "docs" / "attention.md").read_text(encoding="utf-8")
     assert roofline.table(RECORD) in text, "python tests/roofline.py"
+    text = (Path(__file__).parents[1] / "docs" / "gumbel.md").read_text(encoding="utf-8")
+    assert roofline.gumbel_table(RECORD) in text, "python tests/roofline.py"
 
 
 def test_roofline_of_one_step():

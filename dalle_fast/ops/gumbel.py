@@ -1,8 +1,9 @@
 """Gumbel-softmax sampling and quantisation: the public ops.
 
 What they compute is defined by ``dalle_fast.reference.gumbel``; this module checks the arguments and picks the
-implementation: the C++ kernels on a CPU, which keep neither noise nor weights, and else the reference. The noise is a
-function of (seed, position, code) alone, so a seed gives the same sample on every backend and device, up to rounding.
+implementation: the C++ kernels on a CPU and Triton's on a GPU, which keep neither noise nor weights, and else the
+reference. The noise is a function of (seed, position, code) alone, so a seed gives the same sample on every backend and
+device, up to rounding.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from dalle_fast.reference import GumbelOutput
 from dalle_fast.reference.gumbel import draw_seed
 
 _KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_KERNEL_BACKENDS = ("cpp",)
+_KERNEL_BACKENDS = ("triton", "cpp")
 
 __all__ = ["GumbelOutput", "gumbel_quantize", "gumbel_softmax"]
 
@@ -48,7 +49,8 @@ def gumbel_softmax(
         dim: the code dimension.
         seed: in [0, 2^64), or an int64 tensor of no dimensions, >= 0; None draws one from PyTorch's default
             generator, so that torch.manual_seed decides it.
-        backend: "auto", the fastest there is; "cpp", CPU tensors of float32, float16 or bfloat16; "reference", any.
+        backend: "auto", the fastest there is; "cpp", CPU tensors, and "triton", CUDA tensors, of float32, float16
+            or bfloat16; "reference", any.
 
     Returns:
         logits' shape and dtype. Noise and softmax are computed in float32 or wider, autocast or not.
@@ -56,7 +58,7 @@ def gumbel_softmax(
     Raises:
         ValueError: tau or seed out of range, no such dimension, no codes in it, or a position whose logits
             are all -inf (on an accelerator found by a reduction and a synchronisation; not looked for under
-            torch.compile, where such a position becomes NaN).
+            torch.compile and while a CUDA graph is captured, where such a position becomes NaN).
         TypeError: logits are not floating point, or float64 for a backend without it; seed is of another type.
         RuntimeError: a backend that is not there.
 
@@ -68,7 +70,7 @@ def gumbel_softmax(
     kernel = _choose_kernel("gumbel_softmax", backend, logits)
     if kernel is not None:
         op = gumbel_registration.gumbel_softmax
-        weights, stats = op(logits, _seed_tensor(seed), float(tau), hard, dim, kernel)
+        weights, stats = op(logits, _seed_tensor(seed, kernel, logits), _tau_tensor(tau), hard, dim, kernel)
         _check_maxima(stats[0])
         return weights
     _check_positions(logits, dim)
@@ -94,7 +96,7 @@ def gumbel_quantize(
         logits: (B, K, *spatial) with ``dim`` 1, or (..., K) with ``dim`` -1.
         codebook: (K, D), same dtype and device.
         tau, hard, seed, backend: as for :func:`gumbel_softmax`; with ``hard``, quantized is the codebook's
-            row of the argmax and passes the gradient of the relaxed sample.
+            row of the argmax, and both gradients are those of the relaxed sample.
         dim: the code dimension of logits, and the D dimension of quantized.
 
     Returns:
@@ -118,7 +120,9 @@ def gumbel_quantize(
     kernel = _choose_kernel("gumbel_quantize", backend, logits)
     if kernel is not None:
         op = gumbel_registration.gumbel_quantize
-        quantized, indices, kl, stats, _ = op(logits, codebook, _seed_tensor(seed), float(tau), hard, dim, kernel)
+        quantized, indices, kl, stats, _ = op(
+            logits, codebook, _seed_tensor(seed, kernel, logits), _tau_tensor(tau), hard, dim, kernel
+        )
         _check_maxima(stats[0])
         return GumbelOutput(quantized, indices, kl)
     _check_positions(logits, dim)
@@ -137,10 +141,12 @@ def _check_draw(logits: Tensor, tau: float, dim: int, seed: int | Tensor | None)
 
 
 def _choose_kernel(op: str, backend: str, logits: Tensor) -> str | None:
-    """The kernels that ``backend`` means for ``logits``, "cpp"; None is plain PyTorch."""
-    is_taken, is_cpu = logits.dtype in _KERNEL_DTYPES, logits.device.type == "cpu"
+    """The kernels that ``backend`` means for ``logits``, "triton" or "cpp"; None is plain PyTorch."""
+    device, is_taken = logits.device, logits.dtype in _KERNEL_DTYPES
     if backend == "auto":
-        return "cpp" if is_taken and is_cpu and backends.has_cpp_backend(logits.device) else None
+        if is_taken and device.type == "cpu" and backends.has_cpp_backend(device):
+            return "cpp"
+        return "triton" if is_taken and backends.has_triton_backend(device) else None
     if backend == "reference":
         return None
     if not is_taken:
@@ -148,19 +154,34 @@ def _choose_kernel(op: str, backend: str, logits: Tensor) -> str | None:
             f'backend "{backend}" of {op} takes float32, float16 and bfloat16, got {logits.dtype}; '
             'use backend="reference"'
         )
-    backends.require_cpp_backend(logits.device)
-    if not is_cpu:
-        raise RuntimeError(f'backend "cpp" of {op} runs on cpu tensors, got {logits.device}; use backend="auto"')
+    if backend == "triton":
+        backends.require_triton_backend(device)
+    else:
+        backends.require_cpp_backend(device)
+        if device.type != "cpu":
+            raise RuntimeError(f'backend "cpp" of {op} runs on cpu tensors, got {device}; use backend="triton"')
     return backend
 
 
-def _seed_tensor(seed: int | Tensor | None) -> Tensor:
-    """The seed as an int64 tensor on the CPU, of which the kernels read the bits."""
+def _tau_tensor(tau: float) -> Tensor:
+    return torch.full((), tau, dtype=torch.float64)
+
+
+def _seed_tensor(seed: int | Tensor | None, kernel: str, logits: Tensor) -> Tensor:
+    """The seed as an int64 tensor, of which the kernels read the bits: for "cpp" on the CPU, else on logits' device.
+
+    Nothing waits for an accelerator that does not have the seed already.
+    """
+    device = torch.device("cpu") if kernel == "cpp" else logits.device
     if seed is None:
-        return draw_seed()
+        seed = draw_seed()
     if isinstance(seed, Tensor):
-        return seed.cpu()
-    return torch.tensor(seed if seed < 2**63 else seed - 2**64)
+        # As a number it reaches an accelerator with the launch that writes it there, in a captured graph too.
+        can_read = seed.device.type == "cpu" and type(seed) is Tensor and not torch.compiler.is_compiling()
+        if seed.device == device or not can_read:
+            return seed.to(device)
+        seed = int(seed)
+    return torch.full((), seed if seed < 2**63 else seed - 2**64, dtype=torch.int64, device=device)
 
 
 def _check_positions(logits: Tensor, dim: int) -> None:
@@ -171,6 +192,8 @@ def _check_positions(logits: Tensor, dim: int) -> None:
 def _check_maxima(maxima: Tensor) -> None:
     """Raise where the largest logit of a position, with noise or without, is -inf."""
     if torch.compiler.is_compiling() or type(maxima) is not Tensor:  # a fake tensor has no values
+        return
+    if maxima.is_cuda and torch.cuda.is_current_stream_capturing():  # nor has one that is being captured
         return
     impossible = maxima == -math.inf
     if impossible.any():

@@ -6,7 +6,9 @@
 
 and of the first the backward pass. What a backward pass needs besides its inputs is ``stats``, (6, positions) float32,
 and ``relaxed``, (positions, D) float32, the soft sample times the codebook. The logits are read, and their gradient is
-written, as (batch, K, positions) views, whichever dimension holds the codes. ``backend`` is "cpp".
+written, as (batch, K, positions) views, whichever dimension holds the codes. ``seed`` is an int64 of no dimensions, on
+the CPU for ``backend`` "cpp" and on logits' device for "triton", whose kernels read it there. ``tau`` is a float64 of
+no dimensions on the CPU: a number would be part of a compiled graph, and each temperature of a schedule compile anew.
 
 Nothing is checked here: call ``dalle_fast.gumbel_quantize`` and ``dalle_fast.gumbel_softmax``. There is no second
 derivative.
@@ -65,18 +67,15 @@ def _dim_to_rows(tensor: Tensor, dim: int) -> Tensor:
     return rows.to(torch.float32).contiguous()
 
 
-def _run_forward(logits, codebook, seed, tau, dim) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """stats, indices, kl, and with a codebook relaxed."""
-    view = logits.reshape(_three_dims(logits.shape, dim))
+def _empty_results(view: Tensor, width: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """stats, indices, kl and relaxed for logits (batch, K, positions)."""
     rows = view.shape[0] * view.shape[2]
-    stats = logits.new_empty((NUM_STATS, rows), dtype=torch.float32)
-    indices, kl = logits.new_empty(rows, dtype=torch.int64), logits.new_empty(rows, dtype=torch.float32)
-    width = 0 if codebook is None else codebook.shape[1]
-    relaxed = logits.new_empty((rows, width), dtype=torch.float32)
-    torch.ops.dalle_fast.gumbel_forward_cpu(
-        view, codebook, seed, tau, stats, indices, kl, None if codebook is None else relaxed
+    return (
+        view.new_empty((NUM_STATS, rows), dtype=torch.float32),
+        view.new_empty(rows, dtype=torch.int64),
+        view.new_empty(rows, dtype=torch.float32),
+        view.new_empty((rows, width), dtype=torch.float32),
     )
-    return stats, indices, kl, relaxed
 
 
 def _wide(codebook: Tensor) -> Tensor:
@@ -84,14 +83,23 @@ def _wide(codebook: Tensor) -> Tensor:
 
 
 @define_op(
-    "gumbel_quantize(Tensor logits, Tensor codebook, Tensor seed, float tau, bool hard, int dim, str backend) "
+    "gumbel_quantize(Tensor logits, Tensor codebook, Tensor seed, Tensor tau, bool hard, int dim, str backend) "
     "-> (Tensor quantized, Tensor indices, Tensor kl, Tensor stats, Tensor relaxed)"
 )
 def gumbel_quantize(logits, codebook, seed, tau, hard, dim, backend):
-    stats, indices, kl, relaxed = _run_forward(logits, _wide(codebook), seed, tau, dim)
+    batch, _, positions = dims = _three_dims(logits.shape, dim)
+    view, shape, width = logits.reshape(dims), _drop_dim(logits.shape, dim), codebook.shape[1]
+    stats, indices, kl, relaxed = _empty_results(view, width)
+    if backend == "triton":
+        from dalle_fast.kernels.gumbel import gumbel_fwd
+
+        quantized = logits.new_empty(_swap_dim(logits.shape, dim, width))
+        columns = quantized.view(batch, width, positions)
+        gumbel_fwd(view, codebook, seed, stats, indices, kl, relaxed, columns, tau=tau.item(), hard=hard)
+        return quantized, indices.view(shape), kl.view(shape), stats, relaxed
+    torch.ops.dalle_fast.gumbel_forward_cpu(view, _wide(codebook), seed, tau.item(), stats, indices, kl, relaxed)
     rows = codebook.index_select(0, indices) if hard else relaxed
     quantized = _rows_to_dim(rows, logits, dim)
-    shape = _drop_dim(logits.shape, dim)
     # Where nothing had to be moved or rounded, the copy is that of ``relaxed``, which no two results may share.
     quantized = quantized.clone() if quantized.data_ptr() == relaxed.data_ptr() else quantized
     return quantized, indices.view(shape), kl.view(shape), stats, relaxed
@@ -99,45 +107,68 @@ def gumbel_quantize(logits, codebook, seed, tau, hard, dim, backend):
 
 @define_op(
     "gumbel_quantize_backward(Tensor logits, Tensor codebook, Tensor seed, Tensor stats, Tensor relaxed, "
-    "Tensor grad_quantized, Tensor? grad_kl, float tau, int dim, bool to_logits, bool to_codebook, str backend) "
+    "Tensor grad_quantized, Tensor? grad_kl, Tensor tau, int dim, bool to_logits, bool to_codebook, str backend) "
     "-> (Tensor grad_logits, Tensor grad_codebook)"
 )
 def _gumbel_quantize_backward(
     logits, codebook, seed, stats, relaxed, grad_quantized, grad_kl, tau, dim, to_logits, to_codebook, backend
 ):
+    batch, _, positions = dims = _three_dims(logits.shape, dim)
     grad_logits, view = _empty_like(logits, dim) if to_logits else (logits.new_empty(0), None)
     shape = codebook.shape if to_codebook else (0,)
-    grad_codebook = codebook.new_empty(shape, dtype=torch.float32)
     if logits.numel() == 0:
-        return grad_logits, grad_codebook.zero_().to(codebook.dtype)
+        return grad_logits, codebook.new_zeros(shape)
+    grad_kl = None if grad_kl is None else grad_kl.flatten().contiguous()
+    if backend == "triton":
+        from dalle_fast.kernels.gumbel_backward import gumbel_bwd
+
+        grad_codebook = codebook.new_empty(shape)
+        columns = grad_quantized.reshape(batch, codebook.shape[1], positions)
+        gumbel_bwd(
+            *(logits.reshape(dims), codebook, seed, stats, relaxed, columns, grad_kl),
+            *(view, grad_codebook if to_codebook else None),
+            tau=tau.item(),
+        )
+        return grad_logits, grad_codebook
+    grad_codebook = codebook.new_empty(shape, dtype=torch.float32)
     torch.ops.dalle_fast.gumbel_backward_cpu(
-        logits.reshape(_three_dims(logits.shape, dim)),
-        _wide(codebook),
-        seed,
-        tau,
-        stats,
-        relaxed,
-        _dim_to_rows(grad_quantized, dim),
-        None if grad_kl is None else grad_kl.flatten().contiguous(),
-        view,
-        grad_codebook if to_codebook else None,
+        *(logits.reshape(dims), _wide(codebook), seed, tau.item(), stats, relaxed),
+        *(_dim_to_rows(grad_quantized, dim), grad_kl, view, grad_codebook if to_codebook else None),
     )
     return grad_logits, grad_codebook.to(codebook.dtype)
 
 
 @define_op(
-    "gumbel_softmax(Tensor logits, Tensor seed, float tau, bool hard, int dim, str backend) "
+    "gumbel_softmax(Tensor logits, Tensor seed, Tensor tau, bool hard, int dim, str backend) "
     "-> (Tensor weights, Tensor stats)"
 )
 def gumbel_softmax(logits, seed, tau, hard, dim, backend):
-    stats, indices, _, _ = _run_forward(logits, None, seed, tau, dim)
+    view = logits.reshape(_three_dims(logits.shape, dim))
+    stats, indices, kl, _ = _empty_results(view, 0)
+    if backend == "triton":
+        from dalle_fast.kernels.gumbel import gumbel_fwd
+
+        # Without kl, the numbers that its gradient takes are not made.
+        gumbel_fwd(view, None, seed, stats.zero_(), indices, None, None, None, tau=tau.item(), hard=hard)
+    else:
+        torch.ops.dalle_fast.gumbel_forward_cpu(view, None, seed, tau.item(), stats, indices, kl, None)
     weights, view = _empty_like(logits, dim)
     if hard:
         batch, _, positions = view.shape
         view.zero_().scatter_(1, indices.view(batch, 1, positions), 1.0)
     else:
-        torch.ops.dalle_fast.gumbel_weights_cpu(logits.reshape(view.shape), seed, tau, stats, view)
+        _write_weights(logits, seed, tau, stats, view, backend)
     return weights, stats
+
+
+def _write_weights(logits: Tensor, seed: Tensor, tau: Tensor, stats: Tensor, view: Tensor, backend: str) -> None:
+    """Fill ``view``, (batch, K, positions), with the soft samples."""
+    if backend == "triton":
+        from dalle_fast.kernels.gumbel import gumbel_weights
+
+        gumbel_weights(logits.reshape(view.shape), seed, stats, view, tau=tau.item())
+    else:
+        torch.ops.dalle_fast.gumbel_weights_cpu(logits.reshape(view.shape), seed, tau.item(), stats, view)
 
 
 @torch.library.register_fake(gumbel_quantize)
@@ -166,15 +197,15 @@ def _(logits, seed, tau, hard, dim, backend):
 
 
 def _save_quantize(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, codebook, seed, ctx.tau, _, ctx.dim, ctx.backend = inputs
+    logits, codebook, seed, tau, _, ctx.dim, ctx.backend = inputs
     _, indices, _, stats, relaxed = output
-    ctx.save_for_backward(logits, codebook, seed, stats, relaxed)
+    ctx.save_for_backward(logits, codebook, seed, stats, relaxed, tau)
     ctx.mark_non_differentiable(indices, stats, relaxed)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_quantize(ctx: Any, grad_quantized: Tensor | None, _indices, grad_kl: Tensor | None, *_) -> tuple:
-    logits, codebook, seed, stats, relaxed = ctx.saved_tensors
+    logits, codebook, seed, stats, relaxed, tau = ctx.saved_tensors
     if grad_quantized is None:
         if grad_kl is None:
             return (None,) * 7
@@ -182,36 +213,36 @@ def _differentiate_quantize(ctx: Any, grad_quantized: Tensor | None, _indices, g
         grad_quantized = logits.new_zeros(shape)
     needed = ctx.needs_input_grad[:2]
     grads = _gumbel_quantize_backward(
-        logits, codebook, seed, stats, relaxed, grad_quantized, grad_kl, ctx.tau, ctx.dim, *needed, ctx.backend
+        logits, codebook, seed, stats, relaxed, grad_quantized, grad_kl, tau, ctx.dim, *needed, ctx.backend
     )
     return *(grad if need else None for grad, need in zip(grads, needed, strict=True)), None, None, None, None, None
 
 
 def _save_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    logits, seed, ctx.tau, ctx.hard, ctx.dim, ctx.backend = inputs
+    logits, seed, tau, ctx.hard, ctx.dim, ctx.backend = inputs
     weights, stats = output
     # Of the one-hot sample the gradient is that of the soft one, which is made again.
-    ctx.save_for_backward(logits if ctx.hard else weights, seed, stats)
+    ctx.save_for_backward(logits if ctx.hard else weights, seed, stats, tau)
     ctx.mark_non_differentiable(stats)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate_softmax(ctx: Any, grad: Tensor | None, _) -> tuple:
-    saved, seed, stats = ctx.saved_tensors
+    saved, seed, stats, tau = ctx.saved_tensors
     if grad is None:
         return (None,) * 6
     weights = saved
     if ctx.hard:
-        weights = _gumbel_softmax_weights(saved, seed, stats, ctx.tau, ctx.dim, ctx.backend)
-    return torch._softmax_backward_data(grad, weights, ctx.dim, weights.dtype) / ctx.tau, None, None, None, None, None
+        weights = _gumbel_softmax_weights(saved, seed, stats, tau, ctx.dim, ctx.backend)
+    return torch._softmax_backward_data(grad, weights, ctx.dim, weights.dtype) / tau, None, None, None, None, None
 
 
 @define_op(
-    "gumbel_softmax_weights(Tensor logits, Tensor seed, Tensor stats, float tau, int dim, str backend) -> Tensor"
+    "gumbel_softmax_weights(Tensor logits, Tensor seed, Tensor stats, Tensor tau, int dim, str backend) -> Tensor"
 )
 def _gumbel_softmax_weights(logits, seed, stats, tau, dim, backend):
     weights, view = _empty_like(logits, dim)
-    torch.ops.dalle_fast.gumbel_weights_cpu(logits.reshape(view.shape), seed, tau, stats, view)
+    _write_weights(logits, seed, tau, stats, view, backend)
     return weights
 
 

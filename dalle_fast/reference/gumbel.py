@@ -136,16 +136,21 @@ def gumbel_quantize(
     Args:
         logits: (B, K, *spatial) with ``dim`` 1, or (..., K) with ``dim`` -1.
         codebook: (K, D).
-        tau, hard, seed: as for :func:`gumbel_softmax`.
+        tau, seed: as for :func:`gumbel_softmax`.
+        hard: give the codebook's row of the argmax, with both gradients of the relaxed sample.
         dim: the code dimension of logits, and the D dimension of the result.
 
     Returns:
         quantized in logits' dtype, indices in int64, kl in float32 or wider.
     """
     rows = logits.movedim(dim, -1)
-    weights, indices = _relax(rows, tau, hard, seed)
-    quantized = (weights @ codebook.to(weights.dtype)).movedim(-1, dim).to(logits.dtype)
-    return GumbelOutput(quantized, indices, kl_from_uniform(rows))
+    weights, indices = _relax(rows, tau, False, seed)
+    wide = codebook.to(weights.dtype)
+    quantized = weights @ wide
+    if hard:
+        # The difference is exactly 0; both gradients, the codebook's too, are those of the relaxed sample.
+        quantized = wide[indices].detach() + (quantized - quantized.detach())
+    return GumbelOutput(quantized.movedim(-1, dim).to(logits.dtype), indices, kl_from_uniform(rows))
 
 
 def kl_from_uniform(logits: Tensor) -> Tensor:
