@@ -96,6 +96,23 @@ def test_noise_follows_the_gumbel_distribution():
     assert distance < 1.628 / math.sqrt(count)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("upper", [False, True])
+def test_tails_of_the_noise(upper, dtype):
+    """The thousandth of the draws at either end, against the distribution within that end."""
+    share = 1e-3
+    noise = reference.gumbel_noise(9, (4096, 1024), dtype=dtype).double()
+    cdf = torch.exp(-torch.exp(-noise)).flatten()
+    beyond = 1 - cdf if upper else cdf
+    tail = np.sort((beyond[beyond < share] / share).numpy())
+    count, expected = tail.size, share * noise.numel()
+    assert abs(count - expected) < 4 * math.sqrt(expected)
+    steps = np.arange(count + 1) / count
+    distance = max(np.abs(tail - steps[:-1]).max(), np.abs(tail - steps[1:]).max())
+    # Kolmogorov-Smirnov at the 1% level; u has steps of 2^-23, a ten-thousandth of this share.
+    assert distance < 1.628 / math.sqrt(count) + 2.0**-23 / share
+
+
 def test_rows_codes_and_seeds_are_uncorrelated():
     noise = reference.gumbel_noise(3, (400, 256), dtype=torch.float64) - 0.5772
     other = reference.gumbel_noise(4, (400, 256), dtype=torch.float64) - 0.5772

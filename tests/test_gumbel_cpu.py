@@ -56,6 +56,17 @@ def test_extremes_of_the_noise(level):
     torch.testing.assert_close(found, noise - noise.mean(-1, keepdim=True), rtol=0, atol=4e-6)
 
 
+def test_equal_logits_draw_all_codes_alike():
+    codes, draws = 8192, 40_000
+    logits, codebook = torch.zeros(codes).expand(draws, codes), torch.zeros(codes, 1)
+    indices = gumbel_quantize(logits, codebook, dim=-1, seed=8, backend="cpp").indices
+    expected = draws / codes
+    chi_square = (torch.bincount(indices, minlength=codes) - expected).square().sum().item() / expected
+    freedom = codes - 1
+    # Three standard deviations of chi-square.
+    assert abs(chi_square - freedom) < 3 * math.sqrt(2 * freedom)
+
+
 def make(shape, dim, width, dtype=torch.float32, size=2.0) -> tuple[Tensor, Tensor]:
     logits, codebook = size * torch.randn(shape), torch.randn(shape[dim], width)
     return logits.to(dtype).requires_grad_(), codebook.to(dtype).requires_grad_()
