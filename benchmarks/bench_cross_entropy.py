@@ -3,7 +3,8 @@
 Also the size of the demo's images, a vocabulary four times as large, and positions of which half are ignored. The
 rivals are ``F.cross_entropy(F.linear(...))`` and, where PyTorch has it, ``F.linear_cross_entropy``, as it is and with
 its chunking switched on. Each row's extra info has ``peak_bytes``, memory beyond the inputs with the gradients
-included, and ``peak_over_logits``, in units of the logits of all positions.
+included, and ``peak_over_logits``, in units of the logits of all positions; where the logits are many and none is
+ignored.
 """
 
 import functools
@@ -34,9 +35,10 @@ class Sizes(NamedTuple):
 CASES = {
     "8192": Sizes(2048, 512, 8192),
     "small": Sizes(8 * 64, 128, 256),
-    "large-vocabulary": Sizes(1024, 512, 32768),
+    "large-vocabulary": Sizes(512, 512, 32768),
     "half-ignored": Sizes(2048, 512, 8192, ignored_every=2),
 }
+MEASURED_MEMORY = ("8192", "large-vocabulary")  # a process of its own for each
 WARM_UP = Sizes(64, 16, 32)
 
 
@@ -119,10 +121,11 @@ def test_train(benchmark, checked, name, case):
             torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
     call = make_call(name, sizes)
-    check(call())
     timed = measure.timed(call)
+    if timed is not call:
+        check(call())
     checked(timed, check, positions=sizes.positions)
-    if benchmark.stats is not None:
+    if benchmark.stats is not None and case in MEASURED_MEMORY:
         if measure.DEVICE == "cuda":
             peak = measure.device_peak_bytes(call)
         else:
