@@ -7,8 +7,10 @@ import random
 import re
 import struct
 import sys
+import time
 import types
 import zipfile
+import zlib
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from dalle_fast.models.dvae import DVAE, map_pixels, unmap_pixels
+from dalle_fast.models.openai import sizes_of
 from dalle_fast.models.pickled_tensors import read_tensors
 from dalle_fast.pipeline import load_dvae, load_dvae_config, save_dvae
 
@@ -203,6 +206,17 @@ def test_without_blocks(dvae, tmp_path):
         DVAE.from_openai(*paths)
 
 
+@pytest.mark.parametrize(("part", "name"), [("encoder", "output.conv"), ("decoder", "input")])
+def test_sizes_without_values_are_refused(dvae, tmp_path, part, name):
+    paths = [tmp_path / "encoder.pt", tmp_path / "decoder.pt"]
+    for path in paths:
+        large = {f"blocks.{name}.w": torch.empty(1 << 62, 0, 1, 1)} if path.stem == part else {}
+        torch.save(getattr(dvae, path.stem).state_dict() | large, path)
+    message = rf"^blocks\.{name}\.w must have values, got shape \(4611686018427387904, 0, 1, 1\) in .*{part}\.pt$"
+    with pytest.raises(ValueError, match=message):
+        DVAE.from_openai(*paths, image_size=16)
+
+
 def test_integers_are_refused(dvae, tmp_path):
     paths = [tmp_path / "encoder.safetensors", tmp_path / "decoder.safetensors"]
     for path in paths:
@@ -323,6 +337,48 @@ def tensor_of(size: bytes, stride: bytes, offset: bytes = b"K\x00", storage: byt
             "sizes, strides and offset of a tensor must be integers >= 0",
         ),
         (tensor_of(b"K\x02\x85", b")"), "a tensor must have a stride for each size, got tuple and tuple"),
+        (
+            tensor_of(b"(" + 65 * b"K\x01" + b"t", b"(" + 65 * b"K\x01" + b"t"),
+            "a tensor must have at most 64 dimensions, got 65",
+        ),
+        (
+            b"\x80\x02}\x8a\x05\0\0\0\x80\0K\x01s.",
+            "numbers that are keys of a dict must be below 2147483648, got 2147483648",
+        ),
+        (
+            tensor_of(b"K\x01\x85", b"K\x01\x85").replace(text("w"), b"K\x07"),
+            "its tensors must have names, got 7",
+        ),
+        (
+            OBJECT
+            + b"}("
+            + text("_parameters")
+            + b"}q\x05"
+            + text("w")
+            + b"Ns"
+            + text("_modules")
+            + b"}"
+            + text("a")
+            + OBJECT[2:]
+            + b"}"
+            + text("_parameters")
+            + b"h\x05sbsub.",
+            "_parameters of each module must be a dict of its own, got another one's",
+        ),
+        (
+            OBJECT
+            + b"}"
+            + text("_modules")
+            + b"}"
+            + text("a")
+            + OBJECT[2:]
+            + b"}"
+            + text("_parameters")
+            + b"}"
+            + text(1023 * "w")
+            + b"Nssbssb.",
+            "names must have at most 1024 characters, got 1025 in a.www",
+        ),
         (tensor_of(b"K\x02\x85", b"K\x01\x85", storage=b"N"), "a tensor must lie in a storage, got NoneType"),
         (
             tensor_of(b")", b")", storage=STORAGE.replace(b"Float", b"Long").replace(b"FloatS", b"LongS")),
@@ -421,6 +477,60 @@ def test_zip_files_that_are_refused(tmp_path, members, compression, message):
             archive.writestr(name, content)
     with pytest.raises(ValueError, match=f"^{re.escape(f'cannot read {path}: {message}')}"):
         read_tensors(path)
+
+
+def empty_tensor(key: str, numel: int) -> bytes:
+    """A name and an empty tensor in a storage of that name."""
+    storage = STORAGE.replace(text("0"), text(key)).replace(b"K\x02tQ", b"J" + struct.pack("<i", numel) + b"tQ")
+    return text(key) + tensor_of(b"K\x00\x85", b"K\x01\x85", storage=storage)[9:-2]
+
+
+def test_zip_members_inside_each_other(tmp_path):
+    """Members that all end with the same bytes would be much memory from a small file."""
+    content, directory, program = bytes(4000), b"", b"\x80\x02}("
+    members = []
+
+    def prepend(name: str, data: bytes) -> None:
+        nonlocal content
+        sizes = struct.pack("<IIIH", zlib.crc32(data), len(data), len(data), len(name))
+        header = struct.pack("<IHHHHH", 0x04034B50, 20, 0, 0, 0, 0) + sizes + b"\0\0" + name.encode()
+        content = header + data + content.removeprefix(data)
+        members.append((name, sizes, len(content)))
+
+    for number in range(20):
+        key = f"{number:04d}"  # such that the header's length is a multiple of 4
+        program += empty_tensor(key, len(content) // 4)
+        prepend(f"xyzz/data/{key}", content)
+    prepend("xyzz/data.pkl", program + b"u.")
+    for name, sizes, from_end in members:
+        place = struct.pack("<HHHII", 0, 0, 0, 0, len(content) - from_end)
+        directory += struct.pack("<IHHHHHH", 0x02014B50, 20, 20, 0, 0, 0, 0) + sizes + b"\0\0" + place + name.encode()
+    counts = struct.pack("<HHII", len(members), len(members), len(directory), len(content))
+    path = tmp_path / "encoder.pkl"
+    path.write_bytes(content + directory + struct.pack("<IHH", 0x06054B50, 0, 0) + counts + b"\0\0")
+    with pytest.raises(ValueError, match=r"(?i)^cannot read .*encoder\.pkl: .*overlap"):
+        read_tensors(path)
+
+
+def test_storages_inside_each_other(tmp_path):
+    """A count below 0 would go back into the storage before."""
+    program = b"\x80\x02}(" + empty_tensor("a", 6) + empty_tensor("b", 6) + empty_tensor("x", 0) + b"u."
+    # The count of a; in its bytes the count of b, whose bytes hold the first count of x; the second count of x.
+    after = struct.pack("<qq4fqq", 6, 6, 0, 0, 0, 0, -8, 0)
+    path = tmp_path / "encoder.pkl"
+    path.write_bytes(stream(program, ("a", "x", "b", "x"), after=after))
+    with pytest.raises(
+        ValueError, match=r"it is damaged, or was not written by torch\.save \(storage x has -8 values\)$"
+    ):
+        read_tensors(path)
+
+
+def test_many_groups_take_no_longer_than_their_names(dvae):
+    encoder, decoder = dvae.encoder.state_dict(), dvae.decoder.state_dict()
+    encoder |= {f"blocks.group_{number}.block_1.x": torch.empty(0) for number in range(3, 30_003)}
+    begin = time.process_time()
+    assert sizes_of(encoder, decoder, "encoder.pkl")["groups"] == 30_002
+    assert time.process_time() - begin < 5
 
 
 def test_missing_and_damaged_safetensors(tmp_path):

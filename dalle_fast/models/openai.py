@@ -9,6 +9,7 @@ Source: https://cdn.openai.com/dall-e/encoder.pkl and decoder.pkl, arXiv 2102.12
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -44,6 +45,9 @@ def read_parts(encoder_path: str | Path, decoder_path: str | Path) -> tuple[dict
             raise ValueError(f"{_FIRST} must have shape {shape}, got {tuple(states[part][_FIRST].shape)} in {path}")
         if found[part] != part:
             raise ValueError(f"{part}_path must hold the {part} of a dVAE, got the {found[part]} of one in {path}")
+        for name in (_FIRST, _LAST):  # whose shapes say the sizes, and without values could be of any
+            if name in states[part] and not states[part][name].numel():
+                raise ValueError(f"{name} must have values, got shape {tuple(states[part][name].shape)} in {path}")
     return states["encoder"], states["decoder"]
 
 
@@ -63,7 +67,7 @@ def sizes_of(encoder: dict[str, Tensor], decoder: dict[str, Tensor], encoder_pat
         got = tuple(encoder[_LAST].shape) if _LAST in encoder else "none"
         raise ValueError(f"{_LAST} must have shape (vocab_size, channels, 1, 1), got {got} in {encoder_path}")
     blocks = {match.groups() for match in map(_BLOCK.match, encoder) if match}
-    groups = {group for group, _ in blocks}
+    groups = Counter(group for group, _ in blocks)
     if not groups:
         raise ValueError(f"{encoder_path} must hold tensors named blocks.group_1.block_1.*, got none")
     hidden, channels = encoder[_FIRST].shape[:2]
@@ -73,7 +77,7 @@ def sizes_of(encoder: dict[str, Tensor], decoder: dict[str, Tensor], encoder_pat
         "channels": channels,
         "codebook_dim": decoder[_FIRST].shape[0],
         "groups": len(groups),
-        "blocks_per_group": max(sum(group == other for other, _ in blocks) for group in groups),
+        "blocks_per_group": max(groups.values()),
     }
 
 

@@ -71,6 +71,9 @@ _NUMBERS_AND_TEXT = {
 }
 _NEW = {"EMPTY_DICT": dict, "EMPTY_LIST": list, "EMPTY_SET": list, "EMPTY_TUPLE": tuple}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
+# Far above what there is. Without them a small file could ask for a product of very many sizes, for modules inside
+# modules whose names fill the memory, or for a dict of numbers that all have the same hash.
+_MOST_DIMS, _LONGEST_NAME, _LARGEST_KEY = 64, 1024, 1 << 31
 
 # What reading a file that is cut or altered runs into, in this module and in zipfile, pickletools and torch.
 _DAMAGE = (
@@ -131,6 +134,8 @@ class _View:
             raise _RefusedError(f"a tensor must lie in a storage, got {_kind(storage)}")
         if not (isinstance(size, tuple) and isinstance(stride, tuple) and len(size) == len(stride)):
             raise _RefusedError(f"a tensor must have a stride for each size, got {_kind(size)} and {_kind(stride)}")
+        if len(size) > _MOST_DIMS:
+            raise _RefusedError(f"a tensor must have at most {_MOST_DIMS} dimensions, got {len(size)}")
         for number in (offset, *size, *stride):
             if type(number) is not int or number < 0:
                 raise _RefusedError(f"sizes, strides and offset of a tensor must be integers >= 0, got {number!r}")
@@ -190,10 +195,16 @@ def _read_zip(content: bytes) -> dict[str, Tensor]:
         if len(programs) != 1:
             raise _RefusedError(f"a zip file of torch.save has one data.pkl, got {len(programs)}")
         root = programs[0].removesuffix("data.pkl")
+        unread = len(content)
 
         def read(name: str) -> bytes:
+            nonlocal unread
             if members[name].compress_type != zipfile.ZIP_STORED:
                 raise _RefusedError(f"members of a zip file of torch.save are not compressed, got {name}")
+            # Some versions of zipfile read members that lie inside each other, which together have any size.
+            unread -= members[name].file_size
+            if unread < 0:
+                raise _RefusedError(f"members of a zip file of torch.save do not overlap, got {name}")
             return archive.read(name)
 
         if f"{root}byteorder" in members and read(f"{root}byteorder") != b"little":
@@ -221,6 +232,8 @@ def _read_stream(content: bytes) -> dict[str, Tensor]:
         if key not in sizes:
             raise _RefusedError(f"it has a storage that no tensor uses, {key!r}")
         (numel,) = struct.unpack("<q", file.read(8))
+        if numel < 0:  # would go back, to storages that lie inside each other
+            raise ValueError(f"storage {key} has {numel} values")
         places[key] = numel, file.tell()
         file.seek(numel * sizes[key], io.SEEK_CUR)
 
@@ -263,6 +276,8 @@ def _views(root: Any) -> dict[str, _View]:
         for name, value in root.items():
             if not isinstance(value, _View):
                 raise _RefusedError(f"it must hold tensors alone, got {_kind(value)} under {name!r}")
+            if type(name) is not str:
+                raise _RefusedError(f"its tensors must have names, got {name!r}")
         return root
     if not _is_module(root):
         raise _RefusedError(f"it must hold a module of the published dVAE or a dict of tensors, got {_kind(root)}")
@@ -273,12 +288,22 @@ def _views(root: Any) -> dict[str, _View]:
             entries = module.state.get(field, {})
             if not isinstance(entries, dict):
                 raise _RefusedError(f"{field} of a module must be a dict, got {_kind(entries)}")
+            # Otherwise a module inside itself, or the same one twice at each of many levels, had no end, and many
+            # modules with one dict had more entries than the file is long.
+            if entries and id(entries) in seen:
+                raise _RefusedError(f"{field} of each module must be a dict of its own, got another one's")
+            if entries:
+                seen.add(id(entries))
             for name, value in entries.items():
                 full_name = f"{prefix}{name}"
+                if len(full_name) > _LONGEST_NAME:
+                    start = f"{full_name[:40]}..."
+                    raise _RefusedError(
+                        f"names must have at most {_LONGEST_NAME} characters, got {len(full_name)} in {start}"
+                    )
                 if value is None:
                     continue
                 if field == "_modules" and _is_module(value):
-                    # Otherwise a module inside itself, or the same one twice at each of many levels, had no end.
                     if id(value) in seen:
                         raise _RefusedError(f"module {full_name} must appear once, got it twice")
                     seen.add(id(value))
@@ -380,6 +405,8 @@ def _set(target: Any, items: list[Any]) -> None:
     for key, value in zip(items[::2], items[1::2], strict=True):
         if type(key) not in (str, int):
             raise _RefusedError(f"the keys of a dict must be names or numbers, got {_kind(key)}")
+        if type(key) is int and abs(key) >= _LARGEST_KEY:
+            raise _RefusedError(f"numbers that are keys of a dict must be below {_LARGEST_KEY}, got {key}")
         target[key] = value
 
 
