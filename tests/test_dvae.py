@@ -464,6 +464,15 @@ def test_images_that_are_not_floating_point(dvae):
         dvae.loss([0.5], 1.0, 1.0)
 
 
+def test_vmap(dvae):
+    images = torch.rand(3, 1, 3, 16, 16)
+    logits = torch.stack([dvae.logits(image) for image in images])
+    torch.testing.assert_close(torch.vmap(dvae.logits)(images), logits)
+    squares = torch.vmap(torch.func.grad(lambda image: dvae.logits(image).square().sum()))(images)
+    assert squares.shape == images.shape
+    assert torch.equal(torch.vmap(dvae.encode)(images), logits.argmax(2))
+
+
 def test_values_are_not_looked_at_where_that_would_wait():
     """A tensor without values stands for one of an accelerator, whose values are far away."""
     with torch.device("meta"):

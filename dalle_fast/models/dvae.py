@@ -392,9 +392,10 @@ class DVAE(nn.Module):
 
 
 def _has_values(tensor: Tensor) -> bool:
-    """Whether the values can be looked at without waiting for a device or breaking a graph."""
-    is_real = type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.numel() > 0
-    return is_real and not torch.compiler.is_compiling()
+    """Whether the values can be looked at without waiting for a device, breaking a graph or ending torch.vmap."""
+    if torch.compiler.is_compiling() or torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False
+    return type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.numel() > 0
 
 
 def _memory_format(tensor: Tensor) -> torch.memory_format:
