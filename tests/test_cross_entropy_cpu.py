@@ -179,6 +179,23 @@ def test_backward_of_one_input_after_the_other():
         torch.testing.assert_close(found, grad)
 
 
+@each_reduction
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_many_upstream_gradients_at_once(reduction):
+    hidden, weight, bias, target = make(23, 12, 50)
+    losses = [
+        linear_cross_entropy(hidden, weight, target, bias=bias, reduction=reduction, backend=backend)
+        for backend in ("cpp", "reference")
+    ]
+    upstream = torch.randn(3, *losses[0].shape)
+    for _ in range(2):
+        found, expected = (
+            torch.autograd.grad(loss, (hidden, weight, bias), upstream, retain_graph=True, is_grads_batched=True)
+            for loss in losses
+        )
+        torch.testing.assert_close(found, expected)
+
+
 def test_gradients_add_up_over_steps():
     hidden, weight, bias, target = make(23, 12, 50)
     expected = run((hidden, weight, bias, target))[1:]

@@ -259,8 +259,10 @@ def _differentiate(ctx: Any, upstream: Tensor | None, *_) -> tuple[Tensor | None
     hidden, weight, target, bias = ctx.saved_tensors
     needed = [ctx.needs_input_grad[place] for place in (0, 1, 3)]
     grads = [None] * 3
-    # A pass that is itself recorded, to be differentiated or compiled, must leave everything as it is.
-    if not torch.is_grad_enabled() and type(upstream) is Tensor:
+    # A pass that is itself recorded, to be differentiated or compiled, must leave everything as it is; so must one for
+    # many upstream gradients at once, each of which needs it.
+    is_plain = type(upstream) is Tensor and not torch._C._functorch.is_legacy_batchedtensor(upstream)
+    if is_plain and not torch.is_grad_enabled():
         grads = [
             _take(ctx.grads, place, upstream, x) if need else None
             for place, (x, need) in enumerate(zip((hidden, weight, bias), needed, strict=True))
