@@ -190,6 +190,33 @@ def test_some_gradients(needed, used):
         assert full is None or (full == 0).all()
     else:
         assert torch.equal(full, alone)
+PARTS = {
+    "codes": (lambda x: torch.cat([x, x], 1)[:, : x.shape[1]], (3, 150, 37)),
+    "positions": (lambda x: torch.cat([x, x], 2)[:, :, : x.shape[2]], (3, 150, 37)),
+    "rows": (lambda x: torch.cat([x, x], 1)[:, : x.shape[1]], (50, 150)),
+    "every other position": (lambda x: torch.stack([x, x], 3)[..., 0], (3, 150, 37)),
+    "expanded batch": (lambda x: x[:1].expand_as(x), (3, 150, 37)),
+    "expanded positions": (lambda x: x[..., :1].expand_as(x), (3, 150, 37)),
+    "turned": (lambda x: x.transpose(2, 3), (2, 150, 5, 7)),
+}
+
+
+@each_dtype
+@pytest.mark.parametrize("part", PARTS)
+def test_logits_that_do_not_fill_their_memory(level, dtype, part):
+    """Their gradient has other strides than they have."""
+    view, shape = PARTS[part]
+    logits, codebook = make(shape, 1, 12, dtype)
+    logits = view(logits.detach())
+    spatial = (shape[0], *logits.shape[2:])
+    upstream = torch.randn(spatial[0], 12, *spatial[1:]), torch.randn(spatial)
+    results = []
+    for one in (logits, logits.contiguous()):
+        results.append(run(one.detach().requires_grad_(), codebook, upstream, seed=2, backend="cpp"))
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
+
+
 
 
 @each_dtype

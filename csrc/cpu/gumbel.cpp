@@ -289,9 +289,9 @@ struct BackwardWorker {
             multiply_tiles<kLevel, false>(packed_of(block), count, args->columns + group * dim * kTileQueries,
                                           dim * kTileQueries, num_tiles, dim, products, kTile);
             for (int64_t t = 0; t < num_tiles; ++t) {
-              const RowsOfTile tile(args->logits, group + t);
+              const RowsOfTile tile(args->logits, group + t), out_tile(args->grad_logits, group + t);
               differentiate<kLevel>(*args, tile, count, logits + t * kTile, weights + t * kTile, products + t * kTile);
-              store_block<kLevel>(args->grad_logits, tile, first, count, products + t * kTile, args->stream, rows);
+              store_block<kLevel>(args->grad_logits, out_tile, first, count, products + t * kTile, args->stream, rows);
             }
           }
           if (to_codebook) {
