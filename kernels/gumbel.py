@@ -105,8 +105,9 @@ def _gumbel_fwd_kernel(
             top = tl.max(tl.maximum(tl.maximum(raw[0], raw[1]), tl.maximum(raw[2], raw[3])), 1).to(tl.float32)
             new_maximum = tl.maximum(logit_maximum, top)
             base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
-            # The differences so far grow by as much as the maximum; of sums that are 0, by nothing.
-            rise = tl.where(logit_maximum == float("-inf"), 0.0, logit_maximum - base)
+            # The differences so far grow by as much as the maximum; of sums that are 0, by nothing. Far below, the sums
+            # become 0, and an infinite product times that would be NaN.
+            rise = tl.where(logit_maximum == float("-inf"), 0.0, tl.maximum(logit_maximum - base, -120.0))
             rescale = exp2(rise * LOG2_E, INTERPRETED)
             logit_maximum = new_maximum
             zeros = tl.zeros([BLOCK_M, LANES], tl.float32)
@@ -123,7 +124,9 @@ def _gumbel_fwd_kernel(
         place = tl.where(x[2] == top[:, None], 64, place)
         place = tl.where(x[1] == top[:, None], 32, place)
         place = tl.where(x[0] == top[:, None], 0, place)
-        best = tl.where(top > maximum, tl.min(place + k[0][None, :], 1), best)
+        place = tl.min(place + k[0][None, :], 1)
+        # Two steps take turns in a block of 128 codes.
+        best = tl.where(top > maximum, place, tl.where(top == maximum, tl.minimum(best, place), best))
         # Nothing but -inf so far: all differences are -inf and all weights 0.
         base = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         rescale = exp2((maximum - base) * unit, INTERPRETED)

@@ -23,6 +23,7 @@ BLOCK_CODES = tl.constexpr(128)  # that share 32 counters, of four words each
 BLOCK_COUNTERS = tl.constexpr(32)
 MOST_WIDTH = 128  # columns of the codebook that one program takes
 LARGEST = 3e38  # of 1 / tau: where it were infinite, 0 times it would be NaN
+SMALLEST = 2e-38  # where it were 0, -inf times it would be NaN
 
 
 class GumbelTiles(NamedTuple):
@@ -297,7 +298,7 @@ def is_interpreted() -> bool:
 
 def softmax_unit(tau: float) -> float:
     """What turns differences of perturbed logits into powers of two."""
-    return min(LOG2_E.value / tau, LARGEST)
+    return min(max(LOG2_E.value / tau, SMALLEST), LARGEST)
 
 
 def shape_arguments(logits: Tensor, tiles: GumbelTiles) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -138,6 +138,31 @@ def test_the_smallest_temperatures(tau):
     logits, codebook = make((50, 20), -1, 4)
     out = gumbel_quantize(logits, codebook, tau, dim=-1, seed=1, backend="cpp")
     assert torch.equal(out.quantized, codebook[out.indices])
+    for hard in (False, True):
+        y = gumbel_softmax(logits, tau, hard, seed=1, backend="cpp")
+        assert torch.equal(y.argmax(-1), out.indices)
+        assert not torch.autograd.grad(y, logits, torch.randn_like(y))[0].any()
+
+
+@pytest.mark.parametrize("tau", [1e38, 1e46, 1e300])
+def test_the_largest_temperatures(level, tau):
+    logits, codebook = make((5, 20), -1, 4)
+    logits = logits.detach()
+    logits[:, 3] = -math.inf
+    y = gumbel_softmax(logits, tau, seed=1, backend="cpp")
+    assert (y[:, 3] == 0).all()
+    torch.testing.assert_close(y[:, 4:], torch.full((5, 16), 1 / 19))
+    mean = codebook[torch.arange(20) != 3].mean(0).expand(5, -1)
+    torch.testing.assert_close(gumbel_quantize(logits, codebook, tau, dim=-1, seed=1, backend="cpp").quantized, mean)
+
+
+@each_dtype
+def test_a_block_of_the_least_number(level, dtype):
+    """As which some mask codes: the sum of their distances to the maximum is infinite."""
+    logits, codebook = make((40, 300), -1, 4, dtype)
+    logits = logits.detach()
+    logits[:, :128] = torch.finfo(dtype).min
+    check(logits.requires_grad_(), codebook, tau=1.0, dim=-1, seed=4)
 
 
 def channels_last(logits: Tensor) -> Tensor:

@@ -242,6 +242,36 @@ def test_the_smallest_temperatures(tau):
 
 
 @interpreted
+@pytest.mark.parametrize("tau", [1e38, 1e46, 1e300])
+def test_the_largest_temperatures(tau):
+    """Codes past the last one, in a block of 128, have no share."""
+    inputs = make(codes=40, positions=9)
+    results = run(*inputs, tau=tau)
+    assert all(result.isfinite().all() for result in results)
+    torch.testing.assert_close(results[0], inputs[1].mean(0)[:, None].expand(2, -1, 9))
+
+
+@interpreted
+@pytest.mark.parametrize("tiles", [SMALL, WIDE], ids=["small", "wide"])
+def test_a_block_of_the_least_number(tiles):
+    """As which some mask codes: the sum of their distances to the maximum is infinite."""
+    logits, *others = make(codes=300, positions=9)
+    logits[:, :128] = torch.finfo(torch.float32).min
+    check(logits, *others, tiles=tiles)
+
+
+@interpreted
+@pytest.mark.parametrize("tiles", [SMALL, WIDE], ids=["small", "wide"])
+def test_of_equal_codes_the_first(tiles):
+    """Logits so large that the noise is rounded to one of a few numbers."""
+    _, *others = make(batch=1, codes=300, positions=40)
+    logits = torch.full((1, 300, 40), 3e7)
+    perturbed = logits + reference.gumbel_noise(5, (1, 40, 300)).mT
+    assert ((perturbed == perturbed.amax(1, keepdim=True)).sum(1) > 1).any()
+    assert torch.equal(run(logits, *others, tiles=tiles)[1].view(1, 40), perturbed.argmax(1))
+
+
+@interpreted
 @each_dtype
 def test_hard_is_the_codes_row_with_the_gradient_of_soft(dtype):
     inputs = make(dtype=dtype)

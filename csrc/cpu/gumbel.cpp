@@ -147,8 +147,10 @@ struct ForwardWorker {
             state.maximum[v] = maximum;
 
             const Float logit_base = logit_maximum == kMasked ? Float{} : logit_maximum;
-            // The differences so far grow by as much as the maximum; of sums that are 0, by nothing.
-            const Float rise = state.logit_maximum[v] == kMasked ? Float{} : state.logit_maximum[v] - logit_base;
+            // The differences so far grow by as much as the maximum; of sums that are 0, by nothing. Far below, the sums
+            // become 0, and an infinite product times that would be NaN.
+            Float rise = state.logit_maximum[v] == kMasked ? Float{} : state.logit_maximum[v] - logit_base;
+            rise = rise < -100.0f ? I::splat(-100.0f) : rise;
             const Float logit_factor = I::exp(rise);
             Float logit_total = state.logit_total[v] * logit_factor;
             Float moment = (state.moment[v] + state.logit_total[v] * rise) * logit_factor;
@@ -497,7 +499,8 @@ std::unique_ptr<float[]> uninitialised_floats(int64_t count) {
 
 void fill_args(GumbelArgs& args, const Tensor& logits, const Tensor& seed, double tau, const Tensor& stats) {
   args.logits = logits_view(logits);
-  args.inverse_tau = static_cast<float>(std::min(1.0 / tau, 3e38));
+  // Neither 0, which times -inf would be NaN, nor infinite.
+  args.inverse_tau = static_cast<float>(std::clamp(1.0 / tau, 2e-38, 3e38));
   check_dtype(seed, "seed", ScalarType::Long);
   args.keys = PhiloxKeys(static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())));
   args.stats = mutable_floats(stats, "stats");

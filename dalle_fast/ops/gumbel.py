@@ -164,7 +164,8 @@ def _choose_kernel(op: str, backend: str, logits: Tensor) -> str | None:
 
 
 def _tau_tensor(tau: float) -> Tensor:
-    return torch.full((), tau, dtype=torch.float64)
+    # The gradient of gumbel_softmax divides by it in float32, where a smaller one is 0 or loses digits.
+    return torch.full((), max(tau, 2.0**-126), dtype=torch.float64, device="cpu")
 
 
 def _seed_tensor(seed: int | Tensor | None, kernel: str, logits: Tensor) -> Tensor:
