@@ -169,7 +169,10 @@ def _gumbel_fwd_kernel(
         inside = valid[:, None] & (offs_d < WIDTH)[None, :]
         tl.store(relaxed + row[:, None] * WIDTH + offs_d[None, :], z, mask=inside)
         if HARD:
-            z = tl.load(codebook + best.to(tl.int64)[:, None] * stride_ck + offs_d[None, :] * stride_cd, mask=inside)
+            chosen = best.to(tl.int64)[:, None] * stride_ck + offs_d.to(tl.int64)[None, :] * stride_cd
+            z = tl.load(codebook + chosen, mask=inside, other=0.0).to(tl.float32)
+            # NaN where the soft sample is.
+            z = tl.where((total > 0.0)[:, None], z, float("nan"))
         places = (b * stride_zb + p * stride_zp)[:, None] + offs_d.to(tl.int64)[None, :] * stride_zd
         tl.store(quantized + places, z.to(quantized.dtype.element_ty), mask=inside)
 

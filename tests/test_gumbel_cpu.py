@@ -300,9 +300,30 @@ def test_nan_and_infinite_logits(level):
     nan = torch.tensor([False, True, True, False, False])
     assert torch.equal(out.quantized.isnan().all(-1), nan) and torch.equal(out.kl.isnan(), nan)
     assert out.indices[3] < 50
+    hard = gumbel_quantize(logits, codebook, hard=True, dim=-1, seed=1, backend="cpp").quantized
+    y = gumbel_softmax(logits, hard=True, seed=1, backend="cpp")
+    for found in (hard, y):
+        assert torch.equal(found.isnan().all(-1), nan) and torch.equal(found.isnan().any(-1), nan)
     logits[4] = -math.inf
     with pytest.raises(ValueError, match="a code above -inf at each position, got 1 without"):
         gumbel_quantize(logits, codebook, dim=-1, seed=1, backend="cpp")
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_a_position_without_a_code_is_nan_where_it_is_not_looked_for(hard):
+    torch._dynamo.reset()
+    logits, codebook = torch.randn(4, 40), torch.randn(40, 3)
+    logits[2] = -math.inf
+    compiled = torch.compile(
+        lambda: (
+            gumbel_quantize(logits, codebook, hard=hard, dim=-1, seed=1).quantized,
+            gumbel_softmax(logits, hard=hard, seed=1),
+        ),
+        backend="aot_eager",
+    )
+    for found in compiled():
+        assert found.isnan().all(-1).tolist() == found.isnan().any(-1).tolist() == [False, False, True, False]
+    torch._dynamo.reset()
 
 
 def test_no_positions():

@@ -335,6 +335,7 @@ def test_positions_without_a_code_and_nan():
     assert torch.equal(quantized.isnan().all(1), bad) and torch.equal(quantized.isnan().any(1), bad)
     assert torch.equal(kl.isnan(), bad)
     assert torch.equal(dl.isnan().any(1), bad)
+    assert torch.equal(run(logits, *others, hard=True)[0].isnan().all(1), bad)
 
 
 @interpreted
@@ -478,6 +479,19 @@ def test_offsets_beyond_32_bits(axis):
         results.append([quantized.clone(), kl, dl.clone(), dc, dz.clone()])
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b) and a.isfinite().all()
+
+
+@interpreted
+def test_a_row_of_the_codebook_beyond_32_bits():
+    memory = mmap.mmap(-1, 2 * 2**33, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    far = torch.as_strided(torch.frombuffer(memory, dtype=torch.float16), [3, 3], [16, 2**30], 2**31)
+    near = far.copy_(torch.randn(3, 3)).clone()
+    logits, *_ = make(batch=1, codes=3, positions=9, width=3, dtype=torch.float16)
+    quantized = nan(1, 3, 9, dtype=torch.float16)
+    stats, indices, kl, relaxed = nan(6, 9), torch.zeros(9, dtype=torch.int64), nan(9), nan(9, 3)
+    seed = torch.tensor(1)
+    gumbel_fwd(logits, far, seed, stats, indices, kl, relaxed, quantized, tau=1.0, hard=True, tiles=SMALL)
+    assert torch.equal(quantized[0], near[indices].mT)
 
 
 def test_grids_of_many_positions():

@@ -98,7 +98,10 @@ def gumbel_quantize(logits, codebook, seed, tau, hard, dim, backend):
         gumbel_fwd(view, codebook, seed, stats, indices, kl, relaxed, columns, tau=tau.item(), hard=hard)
         return quantized, indices.view(shape), kl.view(shape), stats, relaxed
     torch.ops.dalle_fast.gumbel_forward_cpu(view, _wide(codebook), seed, tau.item(), stats, indices, kl, relaxed)
-    rows = codebook.index_select(0, indices) if hard else relaxed
+    rows = relaxed
+    if hard:
+        # NaN where the soft sample is.
+        rows = codebook.index_select(0, indices).masked_fill_(~stats[1, :, None].isfinite(), math.nan)
     quantized = _rows_to_dim(rows, logits, dim)
     # Where nothing had to be moved or rounded, the copy is that of ``relaxed``, which no two results may share.
     quantized = quantized.clone() if quantized.data_ptr() == relaxed.data_ptr() else quantized
@@ -155,7 +158,9 @@ def gumbel_softmax(logits, seed, tau, hard, dim, backend):
     weights, view = _empty_like(logits, dim)
     if hard:
         batch, _, positions = view.shape
-        view.zero_().scatter_(1, indices.view(batch, 1, positions), 1.0)
+        # NaN where the soft sample is: there, the inverse of the weights' sum is not finite.
+        zero = (0.0 * stats[1]).to(view.dtype).view(batch, 1, positions)
+        view.copy_(zero).scatter_(1, indices.view(batch, 1, positions), 1.0 + zero)
     else:
         _write_weights(logits, seed, tau, stats, view, backend)
     return weights, stats
