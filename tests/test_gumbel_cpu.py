@@ -350,15 +350,29 @@ def test_opcheck(dtype, shape, dim):
     torch.library.opcheck(OPS.gumbel_softmax_weights, (logits.detach(), seed, stats, HALF, dim, "cpp"))
 
 
-@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last, every_other])
+def turned(logits: Tensor) -> Tensor:
+    """With the last dimension outside of the one before in memory, which no three dimensions describe."""
+    return logits.mT.contiguous().mT
+
+
+@pytest.mark.parametrize("layout", [torch.Tensor.contiguous, channels_last, every_other, turned])
 def test_fake_tensors_are_like_real_ones(layout):
     logits, codebook = (tensor.detach() for tensor in make((2, 40, 3, 5), 1, 6))
-    args = layout(logits), codebook, torch.tensor(1), HALF, False, 1, "cpp"
-    real = OPS.gumbel_quantize(*args)
-    with FakeTensorMode() as mode:
-        fake = OPS.gumbel_quantize(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in args))
-    for one, other in zip(real, fake, strict=True):
-        assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
+    logits, seed, common = layout(logits), torch.tensor(1), (HALF, False, 1, "cpp")
+    quantized, _, kl, stats, relaxed = OPS.gumbel_quantize(logits, codebook, seed, *common)
+    saved = logits, codebook, seed, stats, relaxed, quantized, kl
+    calls = [
+        (OPS.gumbel_quantize, logits, codebook, seed, *common),
+        (OPS.gumbel_softmax, logits, seed, *common),
+        (OPS.gumbel_softmax_weights, logits, seed, stats, HALF, 1, "cpp"),
+        (OPS.gumbel_quantize_backward, *saved, HALF, 1, True, True, "cpp"),
+    ]
+    for op, *args in calls:
+        real = op(*args)
+        with FakeTensorMode() as mode:
+            fake = op(*(mode.from_tensor(x) if isinstance(x, Tensor) else x for x in args))
+        for one, other in zip(*([x] if isinstance(x, Tensor) else x for x in (real, fake)), strict=True):
+            assert (one.shape, one.stride(), one.dtype) == (other.shape, other.stride(), other.dtype)
 
 
 def test_compiled_equals_eager():

@@ -38,7 +38,7 @@ def _empty_like(logits: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     shape, empty = _three_dims(logits.shape, dim), torch.empty_like(logits)
     try:
         return empty, empty.view(shape)
-    except RuntimeError:
+    except (RuntimeError, ValueError):  # the latter while tracing
         empty = torch.empty_like(logits, memory_format=torch.contiguous_format)
         return empty, empty.view(shape)
 
