@@ -190,31 +190,6 @@ def test_layouts(level, dtype, layout):
         assert found[3].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_hard_is_the_codes_row_with_the_gradient_of_soft(level):
-    logits, codebook = make((3, 140, 40), 1, 6)
-    upstream = torch.randn(3, 6, 40), torch.randn(3, 40)
-    soft, hard = (run(logits, codebook, upstream, hard=hard, seed=2, backend="cpp") for hard in (False, True))
-    assert torch.equal(hard[0], codebook[hard[1]].movedim(-1, 1))
-    for one, other in zip(soft[1:], hard[1:], strict=True):
-        assert torch.equal(one, other)
-
-
-@pytest.mark.parametrize("needed", [(True, False), (False, True)])
-@pytest.mark.parametrize("used", [0, 2])
-def test_some_gradients(needed, used):
-    inputs = make((3, 140, 40), 1, 6)
-    some = [tensor.detach().requires_grad_(need) for tensor, need in zip(inputs, needed, strict=True)]
-    results = []
-    for logits, codebook in (inputs, some):
-        out = gumbel_quantize(logits, codebook, seed=3, backend="cpp")
-        wanted = [tensor for tensor, need in zip((logits, codebook), needed, strict=True) if need]
-        results.append(torch.autograd.grad(out[used].square().sum(), wanted, allow_unused=True))
-    assert len(results[0]) == 1
-    (full,), (alone,) = results
-    if used == 2 and needed[1]:
-        assert full is None or (full == 0).all()
-    else:
-        assert torch.equal(full, alone)
 PARTS = {
     "codes": (lambda x: torch.cat([x, x], 1)[:, : x.shape[1]], (3, 150, 37)),
     "positions": (lambda x: torch.cat([x, x], 2)[:, :, : x.shape[2]], (3, 150, 37)),
@@ -242,6 +217,31 @@ def test_logits_that_do_not_fill_their_memory(level, dtype, part):
         assert torch.equal(one, other)
 
 
+def test_hard_is_the_codes_row_with_the_gradient_of_soft(level):
+    logits, codebook = make((3, 140, 40), 1, 6)
+    upstream = torch.randn(3, 6, 40), torch.randn(3, 40)
+    soft, hard = (run(logits, codebook, upstream, hard=hard, seed=2, backend="cpp") for hard in (False, True))
+    assert torch.equal(hard[0], codebook[hard[1]].movedim(-1, 1))
+    for one, other in zip(soft[1:], hard[1:], strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("needed", [(True, False), (False, True)])
+@pytest.mark.parametrize("used", [0, 2])
+def test_some_gradients(needed, used):
+    inputs = make((3, 140, 40), 1, 6)
+    some = [tensor.detach().requires_grad_(need) for tensor, need in zip(inputs, needed, strict=True)]
+    results = []
+    for logits, codebook in (inputs, some):
+        out = gumbel_quantize(logits, codebook, seed=3, backend="cpp")
+        wanted = [tensor for tensor, need in zip((logits, codebook), needed, strict=True) if need]
+        results.append(torch.autograd.grad(out[used].square().sum(), wanted, allow_unused=True))
+    assert len(results[0]) == 1
+    (full,), (alone,) = results
+    if used == 2 and needed[1]:
+        assert full is None or (full == 0).all()
+    else:
+        assert torch.equal(full, alone)
 
 
 @each_dtype
@@ -413,6 +413,29 @@ def test_second_derivative_is_refused():
     (grad,) = torch.autograd.grad(out.quantized.square().sum(), logits, create_graph=True)
     with pytest.raises(RuntimeError, match="gumbel_quantize has no second derivative; use backend="):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_second_derivative_of_softmax(hard):
+    logits, results = torch.randn(5, 9, requires_grad=True), []
+    for backend in ("cpp", "reference"):
+        y = gumbel_softmax(logits, 0.7, hard, seed=1, backend=backend)
+        (grad,) = torch.autograd.grad((y * logits).sum(), logits, create_graph=True)
+        results.append(torch.autograd.grad(grad.square().sum(), logits)[0])
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("seed", [5, None, SEED])
+def test_default_device_is_not_asked(seed):
+    logits, codebook = torch.randn(4, 30), torch.randn(30, 3)
+    results = []
+    for device in ("cpu", "meta"):
+        torch.manual_seed(0)
+        with torch.device(device):
+            out = gumbel_quantize(logits, codebook, 0.5, dim=-1, seed=seed, backend="cpp")
+            results.append([*out, gumbel_softmax(logits, 0.5, seed=seed, backend="cpp")])
+    for one, other in zip(*results, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_what_is_saved_for_the_backward():

@@ -10,7 +10,7 @@ written, as (batch, K, positions) views, whichever dimension holds the codes. ``
 the CPU for ``backend`` "cpp" and on logits' device for "triton", whose kernels read it there. ``tau`` is a float64 of
 no dimensions on the CPU: a number would be part of a compiled graph, and each temperature of a schedule compile anew.
 
-Nothing is checked here: call ``dalle_fast.gumbel_quantize`` and ``dalle_fast.gumbel_softmax``. There is no second
+Nothing is checked here: call ``dalle_fast.gumbel_quantize`` and ``dalle_fast.gumbel_softmax``. The former has no second
 derivative.
 """
 
@@ -232,7 +232,14 @@ def _save_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.set_materialize_grads(False)
 
 
-def _differentiate_softmax(ctx: Any, grad: Tensor | None, _) -> tuple:
+def _save_weights(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, seed, stats, tau, ctx.dim, ctx.backend = inputs
+    ctx.hard = False
+    ctx.save_for_backward(output, seed, stats, tau)
+    ctx.set_materialize_grads(False)
+
+
+def _differentiate_softmax(ctx: Any, grad: Tensor | None, *_) -> tuple:
     saved, seed, stats, tau = ctx.saved_tensors
     if grad is None:
         return (None,) * 6
@@ -262,4 +269,5 @@ def _refuse(ctx: Any, *grads: Tensor) -> None:
 
 torch.library.register_autograd(gumbel_quantize, _differentiate_quantize, setup_context=_save_quantize)
 torch.library.register_autograd(gumbel_softmax, _differentiate_softmax, setup_context=_save_softmax)
+torch.library.register_autograd(_gumbel_softmax_weights, _differentiate_softmax, setup_context=_save_weights)
 torch.library.register_autograd(_gumbel_quantize_backward, _refuse)
