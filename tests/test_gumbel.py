@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import assert_within_budget, needs_extension
+from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 
 from dalle_fast import reference
@@ -179,6 +180,12 @@ def test_codes_last_and_channels_first_agree(backend):
     torch.testing.assert_close(last.quantized.movedim(-1, 1), first.quantized)
     assert torch.equal(last.indices, first.indices)
     torch.testing.assert_close(last.kl, first.kl)
+
+
+def test_seed_on_another_device():
+    with FakeTensorMode():
+        logits, seed = torch.empty(3, 5, dtype=torch.float64), torch.empty((), dtype=torch.int64, device="cuda")
+        assert gumbel_softmax(logits, seed=seed).shape == logits.shape
 
 
 def plain_quantize(logits, codebook, noise):

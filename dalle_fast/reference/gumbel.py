@@ -88,6 +88,8 @@ def gumbel_noise(
     blocks = -(-codes // _BLOCK_CODES)
     row = torch.arange(rows, device=device)[:, None]
     group = torch.arange(blocks * _BLOCK_COUNTERS, device=device)
+    if isinstance(seed, Tensor) and seed.device.type != "cpu":  # a number on the CPU goes with any device
+        seed = seed.to(row.device)
     words = philox((row & _MASK32, row >> 32, group, 0), (seed & _MASK32, seed >> 32))
     r = torch.stack(words, dim=1).unflatten(-1, (blocks, _BLOCK_COUNTERS))  # [rows, 4, blocks, 32]
     r = r.transpose(1, 2).reshape(rows, blocks * _BLOCK_CODES)[:, :codes]
