@@ -407,6 +407,12 @@ def test_a_schedule_of_temperatures_compiles_twice_at_most():
     assert counter.frame_count <= 2  # for a constant, and for any number
 
 
+def test_compilers_capture_no_temperature():
+    """In a CUDA graph, which would keep the first: the ops read it from the CPU's memory."""
+    names = "gumbel_quantize", "gumbel_quantize_backward", "gumbel_softmax", "gumbel_softmax_weights"
+    assert all(torch.Tag.cudagraph_unsafe in getattr(OPS, name).default.tags for name in names)
+
+
 def test_second_derivative_is_refused():
     logits, codebook = make((6, 40), -1, 5)
     out = gumbel_quantize(logits, codebook, dim=-1, seed=1)

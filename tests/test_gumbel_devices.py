@@ -398,3 +398,17 @@ def test_autocast_keeps_float32(device):
     expected = run(tensors, device=device)
     with torch.autocast(device, torch.bfloat16):
         assert_same_bits(run(tensors, device=device), expected)
+
+
+@needs_gpu
+def test_compiled_cuda_graphs_follow_the_temperature():
+    torch._dynamo.reset()
+    seed = torch.tensor(3, device="cuda")
+    logits, codebook, _, _ = (tensor.cuda() for tensor in make((2, 40, 3, 5), 6))
+
+    def quantize(tau: float) -> Tensor:
+        return gumbel_quantize(logits, codebook, tau, seed=seed).quantized
+
+    compiled = torch.compile(quantize, mode="reduce-overhead")
+    for tau in (1.0, 0.9, 0.5, 0.25, 0.9):
+        assert torch.equal(compiled(tau), quantize(tau))

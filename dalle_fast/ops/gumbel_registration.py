@@ -25,6 +25,9 @@ from torch import Tensor
 from dalle_fast.ops.registration import define_op
 
 NUM_STATS = 6
+# They read the temperature from the CPU's memory when they are called: a CUDA graph that a compiler captures would
+# replay the first one.
+_READS_TAU = torch.Tag.cudagraph_unsafe
 
 
 def _three_dims(shape: torch.Size, dim: int) -> tuple[int, int, int]:
@@ -84,7 +87,8 @@ def _wide(codebook: Tensor) -> Tensor:
 
 @define_op(
     "gumbel_quantize(Tensor logits, Tensor codebook, Tensor seed, Tensor tau, bool hard, int dim, str backend) "
-    "-> (Tensor quantized, Tensor indices, Tensor kl, Tensor stats, Tensor relaxed)"
+    "-> (Tensor quantized, Tensor indices, Tensor kl, Tensor stats, Tensor relaxed)",
+    _READS_TAU,
 )
 def gumbel_quantize(logits, codebook, seed, tau, hard, dim, backend):
     batch, _, positions = dims = _three_dims(logits.shape, dim)
@@ -111,7 +115,8 @@ def gumbel_quantize(logits, codebook, seed, tau, hard, dim, backend):
 @define_op(
     "gumbel_quantize_backward(Tensor logits, Tensor codebook, Tensor seed, Tensor stats, Tensor relaxed, "
     "Tensor grad_quantized, Tensor? grad_kl, Tensor tau, int dim, bool to_logits, bool to_codebook, str backend) "
-    "-> (Tensor grad_logits, Tensor grad_codebook)"
+    "-> (Tensor grad_logits, Tensor grad_codebook)",
+    _READS_TAU,
 )
 def _gumbel_quantize_backward(
     logits, codebook, seed, stats, relaxed, grad_quantized, grad_kl, tau, dim, to_logits, to_codebook, backend
@@ -143,7 +148,8 @@ def _gumbel_quantize_backward(
 
 @define_op(
     "gumbel_softmax(Tensor logits, Tensor seed, Tensor tau, bool hard, int dim, str backend) "
-    "-> (Tensor weights, Tensor stats)"
+    "-> (Tensor weights, Tensor stats)",
+    _READS_TAU,
 )
 def gumbel_softmax(logits, seed, tau, hard, dim, backend):
     view = logits.reshape(_three_dims(logits.shape, dim))
@@ -250,7 +256,8 @@ def _differentiate_softmax(ctx: Any, grad: Tensor | None, *_) -> tuple:
 
 
 @define_op(
-    "gumbel_softmax_weights(Tensor logits, Tensor seed, Tensor stats, Tensor tau, int dim, str backend) -> Tensor"
+    "gumbel_softmax_weights(Tensor logits, Tensor seed, Tensor stats, Tensor tau, int dim, str backend) -> Tensor",
+    _READS_TAU,
 )
 def _gumbel_softmax_weights(logits, seed, stats, tau, dim, backend):
     weights, view = _empty_like(logits, dim)

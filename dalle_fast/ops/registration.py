@@ -11,12 +11,12 @@ import torch
 _library = torch.library.Library("dalle_fast", "FRAGMENT")
 
 
-def define_op(schema: str) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
+def define_op(schema: str, *tags: torch.Tag) -> Callable[[Callable[..., Any]], torch._ops.OpOverload]:
     """Make a function the op ``schema`` of every device, which returns new tensors and leaves its arguments alone."""
 
     def define(function: Callable[..., Any]) -> torch._ops.OpOverload:
         name = schema.partition("(")[0]
-        _library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
         _library.impl(name, function, "CompositeExplicitAutograd")
         return getattr(torch.ops.dalle_fast, name).default
 
