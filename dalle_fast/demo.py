@@ -1,6 +1,6 @@
 """The demo: make a data set, train both models on it, sample captions they never saw and judge the pictures.
 
-    OUT/data/  OUT/dvae/  OUT/dalle/                     the data set and the two training runs
+    OUT/data/  OUT/dvae/  OUT/tokens/  OUT/dalle/        the data set, the two training runs, and what is between them
     OUT/reconstructions.png, samples.png, curves.png     what they learned, to look at
     OUT/metrics.json                                     and in numbers
 
@@ -30,6 +30,7 @@ from dalle_fast.data.shapes import ATTRIBUTES, Drawing, read_drawing, score, wri
 from dalle_fast.data.sources import open_source
 from dalle_fast.pipeline import Pipeline
 from dalle_fast.training.dvae import train_dvae
+from dalle_fast.training.encode import EncodeConfig, encode
 from dalle_fast.training.log import read_log
 from dalle_fast.training.presets import DVAE_PRESETS, PRIOR_PRESETS
 from dalle_fast.training.prior import fit_to_dvae, train_prior
@@ -85,7 +86,12 @@ def run_demo(data: str, out: Path, *, font: Path | None = None, echo: Callable[[
     dvae_done = time.perf_counter()
     echo("3/4  training the transformer: captions to tokens")
     prior = fit_to_dvae(PRIOR_PRESETS[data], DVAE_PRESETS[data].model)
-    train_prior(out / "data" / "train", out / "dalle", out / "dvae", prior)
+    source = out / "data" / "train"
+    if data == "shapes":
+        # Drawings of the models' own size, of which a crop is the whole: encoded once, and not in every update.
+        source = out / "tokens"
+        encode(out / "dvae", out / "data" / "train", source, EncodeConfig(augment="none"))
+    train_prior(source, out / "dalle", out / "dvae", prior)
     training_done = time.perf_counter()
 
     echo("4/4  sampling captions that were never trained on")
