@@ -27,4 +27,15 @@ STABLE_TORCH_LIBRARY(dalle_fast, m) {
   m.def(
       "cross_entropy_rows_cpu(Tensor(a!) logits, Tensor? bias, Tensor target, Tensor? factor, bool with_grad, "
       "Tensor(b!) losses) -> ()");
+  // One pass of the gradient, each: filter(grad * scale) to out's dtype, and grad_identity + filter(grad / scale).
+  m.def("resblock_scale(Tensor grad, Tensor scale, Tensor(a!) out) -> ()");
+  m.def("resblock_unscale_add(Tensor grad, Tensor scale, Tensor grad_identity, Tensor(a!) out) -> ()");
+  // Over all tensors that the rows of a table point to: dalle_fast/ops/tensor_table.py. What the pointers point to is
+  // changed too, which a schema cannot say.
+  m.def(
+      "multi_tensor_unscale(Tensor table, int num_chunks, int chunk, Tensor scales, bool write, Tensor(a!) nonfinite, "
+      "Tensor(b!) sum_of_squares) -> ()");
+  m.def(
+      "multi_tensor_adamw16(Tensor table, int num_chunks, int chunk, Tensor hyper, Tensor steps, Tensor scales, "
+      "Tensor? skip, Tensor? sum_of_squares, float grad_clip, int seed, bool stochastic) -> ()");
 }

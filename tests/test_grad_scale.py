@@ -102,6 +102,19 @@ def test_stride_0_gradient():
     assert torch.equal(from_sum, from_ones)
 
 
+@pytest.mark.parametrize("block", [scaled_resblock, reference.scaled_resblock], ids=["auto", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_second_derivative_is_an_error(block, dtype):
+    """It would be off by the scale."""
+    x = torch.randn(4, 6, dtype=dtype, requires_grad=True)
+    out = block(x, torch.sin, 8.0).square().sum()
+    (expected,) = torch.autograd.grad(out, x, retain_graph=True)
+    (grad,) = torch.autograd.grad(out, x, create_graph=True)
+    assert torch.equal(grad, expected)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.square().sum().backward()
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_recomputed_block(use_reentrant):
     branch = make_branch()
@@ -157,29 +170,55 @@ def test_resblock_errors(x, fn, scale, error, message):
         scaled_resblock(x, fn, scale)
 
 
+def make_grads() -> list[torch.Tensor]:
+    shapes = {torch.float32: (3, 4), torch.float64: (5,), torch.bfloat16: (2,), torch.float16: ()}
+    return [torch.randn(shape).to(dtype) for dtype, shape in shapes.items()]
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("scale", [8.0, torch.tensor(8.0), torch.tensor([8.0])], ids=str)
-def test_unscale(backend, scale):
-    grads = [torch.randn(3, 4), torch.randn(5).double(), torch.randn(2).bfloat16(), torch.tensor(3.0)]
-    expected = [grad / 8 for grad in grads]
-    found = unscale_(grads, scale, backend=backend)
-    assert found.dtype == torch.bool and found.shape == ()
-    assert not found
+@pytest.mark.parametrize("write", [True, False])
+def test_unscale(backend, write):
+    grads, blocks = make_grads(), [0, 1, 1, 2]
+    scales = torch.tensor([8.0, 2.0, 0.5])
+    quotients = [grad.double() / float(scales[block]) for grad, block in zip(grads, blocks, strict=True)]
+    expected = [q.to(g.dtype) if write else g.clone() for q, g in zip(quotients, grads, strict=True)]
+    nonfinite, sum_of_squares = unscale_(grads, scales, blocks, write=write, backend=backend)
+    assert nonfinite.dtype == torch.bool
+    assert nonfinite.tolist() == [False] * 3
     for grad, expected_grad in zip(grads, expected, strict=True):
         assert torch.equal(grad, expected_grad)
+    torch.testing.assert_close(sum_of_squares, sum(q.square().sum() for q in quotients), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_unscale_finds_nonfinite(bad):
-    grads = [torch.ones(3), torch.ones(2, 2)]
+def test_unscale_finds_and_filters_nonfinite(bad):
+    grads = [torch.ones(3), torch.ones(2, 2), torch.ones(2)]
     grads[1][1, 0] = bad
-    assert unscale_(grads, 2.0)
+    nonfinite, sum_of_squares = unscale_(grads, torch.tensor([2.0, 4.0]), [0, 1, 1])
+    assert nonfinite.tolist() == [False, True]
     assert torch.equal(grads[0], torch.full((3,), 0.5))
-    torch.testing.assert_close(grads[1], torch.tensor([[0.5, 0.5], [bad, 0.5]]), equal_nan=True)
+    assert torch.equal(grads[1], torch.tensor([[0.25, 0.25], [0.0, 0.25]]))
+    assert sum_of_squares == 3 / 4 + 5 / 16
+
+
+def test_unscale_with_one_scale():
+    grads = [torch.full((3,), 6.0)]
+    assert not unscale_(grads, torch.tensor([2.0])).nonfinite
+    assert torch.equal(grads[0], torch.full((3,), 3.0))
+
+
+def test_unscale_flags_a_quotient_beyond_float32():
+    grads = [torch.full((1,), 1e38)]
+    assert unscale_(grads, torch.tensor([1e-3])).nonfinite
+    assert grads[0] == 0
 
 
 def test_unscale_nothing():
-    assert not unscale_([], 2.0)
+    nonfinite, sum_of_squares = unscale_([], torch.tensor([2.0]))
+    assert not nonfinite.any() and sum_of_squares == 0
+
+
+ONE = torch.ones(1)
 
 
 @pytest.mark.parametrize(
@@ -187,8 +226,12 @@ def test_unscale_nothing():
     [
         ([X, X.long()], {}, TypeError, "grads[1] must be floating point, got torch.int64"),
         ([X, None], {}, TypeError, "grads[1] must be a tensor, got NoneType"),
-        ([X, X.to("meta")], {}, ValueError, "grads must be on one device, got cpu and meta"),
-        ([X], {"scale": 0.0}, ValueError, "scale must be finite and > 0, got 0.0"),
+        ([X.to_sparse()], {}, TypeError, "grads[0] must be dense, got layout torch.sparse_coo"),
+        ([X, X.to("meta")], {}, ValueError, "grads must be on the device of scales, cpu, got meta"),
+        ([X], {"scales": ONE.double()}, ValueError, "scales must be float32 of one dimension, got torch.float64"),
+        ([X], {"scales": ONE[0]}, ValueError, "scales must be float32 of one dimension, got torch.float32 of shape ()"),
+        ([X], {"blocks": [1]}, ValueError, "blocks must lie in [0, 1), got 1"),
+        ([X], {"blocks": [0, 0]}, ValueError, "blocks must have an entry for each of the 1 gradients, got 2"),
         (
             [X],
             {"backend": "triton"},
@@ -199,7 +242,7 @@ def test_unscale_nothing():
 )
 def test_unscale_errors(grads, options, error, message):
     with pytest.raises(error, match=re.escape(message)):
-        unscale_(grads, **({"scale": 2.0} | options))
+        unscale_(grads, **({"scales": ONE} | options))
 
 
 class TestUpdate:

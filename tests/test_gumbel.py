@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from dalle_fast import reference
 from dalle_fast.ops import backends
 from dalle_fast.ops.gumbel import gumbel_quantize, gumbel_softmax
-from dalle_fast.reference.gumbel import philox
+from dalle_fast.reference.philox import philox
 
 BACKENDS = ("auto", "reference", pytest.param("cpp", marks=needs_extension))
 each_backend = pytest.mark.parametrize("backend", BACKENDS)

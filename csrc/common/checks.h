@@ -35,4 +35,46 @@ inline void check_contiguous(const torch::stable::Tensor& tensor, const char* na
   throw std::runtime_error(message.str());
 }
 
+inline void check_length(const torch::stable::Tensor& tensor, const char* name, int64_t length) {
+  if (tensor.numel() == length) return;
+  throw std::runtime_error(std::string(name) + " must have " + std::to_string(length) + " elements, got " +
+                           std::to_string(tensor.numel()));
+}
+
+// The data of a contiguous tensor of this many elements.
+template <class T>
+T* data_of(const torch::stable::Tensor& tensor, const char* name, torch::headeronly::ScalarType dtype, int64_t length) {
+  check_dtype(tensor, name, dtype);
+  check_contiguous(tensor, name);
+  check_length(tensor, name, length);
+  return static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
+}
+
+// Laid out alike, and each fills as much memory as it has elements, none of them twice.
+inline void check_laid_out_alike(const torch::stable::Tensor& tensor, const char* name,
+                                 const torch::stable::Tensor& like, const char* like_name) {
+  bool alike = tensor.dim() == like.dim();
+  for (int64_t d = 0; alike && d < tensor.dim(); ++d) {
+    const int64_t size = tensor.size(d);
+    alike = size == like.size(d) && (size <= 1 || tensor.stride(d) == like.stride(d));
+  }
+  const auto layout = [](const torch::stable::Tensor& of) {
+    return "shape " + tuple_text(of.sizes()) + " with strides " + tuple_text(of.strides());
+  };
+  if (!alike) {
+    throw std::runtime_error(std::string(name) + " must be laid out as " + like_name + ", " + layout(like) + ", got " +
+                             layout(tensor));
+  }
+  // From the innermost dimension outwards, each steps over what those within it fill.
+  int64_t filled = 1;
+  for (int64_t turn = 0; turn < tensor.dim(); ++turn) {
+    for (int64_t d = 0; d < tensor.dim(); ++d) {
+      if (tensor.size(d) > 1 && tensor.stride(d) == filled) filled *= tensor.size(d);
+    }
+  }
+  if (tensor.numel() != 0 && filled != tensor.numel()) {
+    throw std::runtime_error(std::string(name) + " must fill its memory without gaps, got " + layout(tensor));
+  }
+}
+
 }  // namespace dalle_fast

@@ -22,6 +22,26 @@
 
 namespace dalle_fast {
 
+// One number, as a float or as its bits. Vectors of the compiler may take its place, with the same functions.
+struct OneNumber {
+  using Float = float;
+  using Unsigned = uint32_t;
+
+  static DALLE_FAST_INLINE float value(uint32_t bits) {
+    float x;
+    std::memcpy(&x, &bits, sizeof(x));
+    return x;
+  }
+  static DALLE_FAST_INLINE uint32_t bits(float value) {
+    uint32_t x;
+    std::memcpy(&x, &value, sizeof(x));
+    return x;
+  }
+  static DALLE_FAST_INLINE float splat(const float& x) { return x; }
+  static DALLE_FAST_INLINE uint32_t constant(uint32_t x) { return x; }
+  static DALLE_FAST_INLINE uint32_t least(uint32_t a, uint32_t b) { return a < b ? a : b; }
+};
+
 template <int kMantissaBits, bool kSigned>
 struct Format16 {
   static constexpr int kShift = 23 - kMantissaBits;      // fp32 mantissa bits that are dropped
@@ -29,34 +49,41 @@ struct Format16 {
   static constexpr uint32_t kExponentOffset = 127 - 60;  // fp32 exponent field minus ours
   static constexpr uint32_t kSmallest = (kExponentOffset << 23) | (1u << kShift);
   static constexpr uint32_t kLargest = ((kExponentOffset + 64) << 23) - (1u << kShift);
-  static constexpr uint32_t kInfinity = 0x7f800000u;
-  static constexpr uint32_t kMagnitudeMask = kSigned ? 0x7fffu : 0xffffu;
 
-  // Branch-free on integers, so that every instruction set vectorises it and gives the same bits.
-  static DALLE_FAST_INLINE uint16_t encode(float value) {
-    uint32_t bits;
-    std::memcpy(&bits, &value, sizeof(bits));
-    // Without a sign the bits of a negative value stay above infinity, and fall under the rule for NaN.
-    const uint32_t magnitude = kSigned ? bits & 0x7fffffffu : bits;
-    const uint32_t saturated = magnitude < kLargest ? magnitude : kLargest;
-    uint32_t word = ((saturated + kHalfUlp) >> kShift) - (kExponentOffset << kMantissaBits);
+  // Branch-free, so that every instruction set vectorises it and gives the same bits. Words are in the low 16 bits; to
+  // decode they come with copies of their sign above them, and in the unsigned format with zeros.
+  template <class N>
+  static DALLE_FAST_INLINE typename N::Unsigned encode(typename N::Float value) {
+    using Unsigned = typename N::Unsigned;
+    const Unsigned bits = N::bits(value);
+    const Unsigned magnitude = kSigned ? bits & N::constant(0x7fffffffu) : bits;
+    // Neither NaN nor, in the unsigned format, what is negative.
+    const auto is_kept = N::value(magnitude) >= N::value(N::constant(kSmallest));
+    const Unsigned saturated = N::least(magnitude, N::constant(kLargest));
+    Unsigned word = (saturated + N::constant(kHalfUlp - (kExponentOffset << 23))) >> kShift;
+    word = is_kept ? word : Unsigned{};
     if constexpr (kSigned) {
-      word |= (bits >> 31) << 15;
+      word |= (is_kept ? bits >> 16 : Unsigned{}) & N::constant(0x8000u);
     }
-    const bool is_zero = (magnitude < kSmallest) | (magnitude > kInfinity);
-    return static_cast<uint16_t>(is_zero ? 0u : word);
+    return word;
   }
 
-  static DALLE_FAST_INLINE float decode(uint16_t word) {
-    const uint32_t magnitude = word & kMagnitudeMask;
-    uint32_t bits = (magnitude << kShift) + (kExponentOffset << 23);
+  template <class N>
+  static DALLE_FAST_INLINE typename N::Float decode(typename N::Unsigned word) {
+    using Unsigned = typename N::Unsigned;
+    Unsigned bits = word << kShift;
     if constexpr (kSigned) {
-      bits |= static_cast<uint32_t>(word >> 15) << 31;
+      bits &= N::constant(0x80000000u | ((1u << (kShift + 15)) - 1u));  // of the sign's copies the highest is left
     }
-    bits = word == 0 ? 0u : bits;
-    float value;
-    std::memcpy(&value, &bits, sizeof(value));
-    return value;
+    bits += N::constant(kExponentOffset << 23);
+    return N::value(word == 0 ? Unsigned{} : bits);
+  }
+
+  static DALLE_FAST_INLINE uint16_t encode(float value) { return static_cast<uint16_t>(encode<OneNumber>(value)); }
+
+  static DALLE_FAST_INLINE float decode(uint16_t word) {
+    const auto above = kSigned ? static_cast<int32_t>(static_cast<int16_t>(word)) : static_cast<int32_t>(word);
+    return decode<OneNumber>(static_cast<uint32_t>(above));
   }
 };
 

@@ -25,7 +25,7 @@ AttentionSizes attention_sizes(const torch::stable::Tensor& query, const torch::
   const AttentionPattern described{static_cast<Rule>(pattern[0]), pattern[1], pattern[2], pattern[3],
                                    pattern[4], pattern[5]};
   AttentionSizes sizes{};
-  sizes.type = storage_type(query);
+  sizes.type = storage_type(query, "query");
   sizes.batch = query.size(0);
   sizes.heads = query.size(1);
   sizes.key_heads = key.size(1);

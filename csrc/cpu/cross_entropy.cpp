@@ -125,21 +125,6 @@ struct CrossEntropyWorker {
   }
 };
 
-void check_length(const Tensor& tensor, const char* name, int64_t length) {
-  if (tensor.numel() == length) return;
-  throw std::runtime_error(std::string(name) + " must have " + std::to_string(length) + " elements, got " +
-                           std::to_string(tensor.numel()));
-}
-
-// The data of a contiguous tensor of this many elements.
-template <class T>
-T* data_of(const Tensor& tensor, const char* name, ScalarType dtype, int64_t length) {
-  check_dtype(tensor, name, dtype);
-  check_contiguous(tensor, name);
-  check_length(tensor, name, length);
-  return static_cast<T*>(const_cast<void*>(tensor.const_data_ptr()));
-}
-
 // Writes the positions whose target is not ignore_index, and their targets, in order. Returns how many there are, or
 // -1 - p if the target of position p is not in 0..num_classes-1.
 int64_t counted_targets(const Tensor target, int64_t num_classes, int64_t ignore_index, Tensor positions,

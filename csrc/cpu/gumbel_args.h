@@ -36,7 +36,7 @@ inline LogitsView logits_view(const torch::stable::Tensor& tensor) {
   const auto bytes = static_cast<int64_t>(tensor.element_size());
   LogitsView view;
   view.data = static_cast<char*>(const_cast<void*>(tensor.const_data_ptr()));
-  view.type = storage_type(tensor);
+  view.type = storage_type(tensor, "logits");
   view.batch = tensor.size(0);
   view.codes = tensor.size(1);
   view.positions = tensor.size(2);
@@ -66,15 +66,6 @@ inline void fill_args(GumbelArgs& args, const torch::stable::Tensor& logits, con
   check_dtype(seed, "seed", torch::headeronly::ScalarType::Long);
   args.keys = PhiloxKeys(static_cast<uint64_t>(*static_cast<const int64_t*>(seed.const_data_ptr())));
   args.stats = mutable_floats(stats, "stats");
-}
-
-// Calls call(begin, end) for parts of 0..count-1, on all threads, whoever is free next.
-template <class Call>
-void work_off(int64_t count, Call call) {
-  WorkQueue queue(count);
-  torch::stable::parallel_for(0, torch::stable::get_num_threads(), 1, [&](int64_t, int64_t) {
-    for (int64_t item = queue.next(); item >= 0; item = queue.next()) call(item, item + 1);
-  });
 }
 
 }  // namespace dalle_fast

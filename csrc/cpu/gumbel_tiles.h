@@ -10,6 +10,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "../common/philox.h"
 #include "attention_rows.h"
 #include "attention_tiles.h"
 
@@ -17,23 +18,6 @@ namespace dalle_fast {
 
 inline constexpr int64_t kBlockCodes = 128;
 inline constexpr int kBlockCounters = 32;  // of four words each
-
-inline constexpr uint32_t kPhiloxLeft = 0xd2511f53u, kPhiloxRight = 0xcd9e8d57u;
-inline constexpr uint32_t kPhiloxLowStep = 0x9e3779b9u, kPhiloxHighStep = 0xbb67ae85u;
-
-// The keys of the ten rounds, each in a number of 64 bits as the lanes are.
-struct PhiloxKeys {
-  static constexpr int kRounds = 10;
-  uint64_t low[kRounds], high[kRounds];
-
-  PhiloxKeys() = default;
-  explicit PhiloxKeys(uint64_t seed) {
-    for (uint32_t round = 0; round < kRounds; ++round) {
-      low[round] = static_cast<uint32_t>(static_cast<uint32_t>(seed) + round * kPhiloxLowStep);
-      high[round] = static_cast<uint32_t>(static_cast<uint32_t>(seed >> 32) + round * kPhiloxHighStep);
-    }
-  }
-};
 
 // What the first two rounds make of 16 rows of the noise, with a group of 0: in them, no product depends on both row and
 // group. [0] are the even lanes, [1] the odd ones; the upper halves of c1 may hold anything.

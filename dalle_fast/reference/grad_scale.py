@@ -8,33 +8,39 @@ and appendix D.1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 
-def scaled_resblock(x: Tensor, fn: Callable[[Tensor], Tensor], scale: float | Tensor) -> Tensor:
-    """x + fn(x), with fn's backward run on a scaled gradient.
+def scaled_resblock(
+    x: Tensor,
+    fn: Callable[[Tensor], Tensor],
+    scale: float | Tensor,
+    identity: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """x + fn(x), or identity(x) + fn(x), with fn's backward run on a scaled gradient.
 
         backward: g_branch = filter(g * scale);  g_in = Dfn(g_branch);  g_x = g + filter(g_in / scale)
 
     where filter replaces non-finite elements by 0, g_branch is scaled and filtered in x's dtype before it is
     cast to that of fn's result, and gradients of fn's own parameters keep the scale (:func:`unscale_` takes
-    it out).
+    it out). With ``identity``, g_x has its vector-Jacobian product in place of g.
 
     Args:
         x: float32 or float64.
-        fn: the branch; its result has x's shape and any floating-point dtype.
+        fn: the branch; its result has x's shape, or that of identity(x), and any floating-point dtype.
         scale: > 0, a number or a tensor of one element.
+        identity: the residual path, which is not scaled; None is the identity.
 
     Returns:
-        x's shape and dtype.
+        x's shape, or that of identity(x), in x's dtype.
     """
     scale = torch.as_tensor(scale, dtype=x.dtype, device=x.device).reshape(())
     branch = fn(_UnscaleGradient.apply(x, scale)).to(x.dtype)
-    return x + _ScaleGradient.apply(branch, scale)
+    return (x if identity is None else identity(x)) + _ScaleGradient.apply(branch, scale)
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -46,6 +52,7 @@ class _ScaleGradient(torch.autograd.Function):
         return branch.view_as(branch)
 
     @staticmethod
+    @once_differentiable  # the scale would not cancel in a second derivative
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         (scale,) = ctx.saved_tensors
         return filter_nonfinite(grad * scale), None
@@ -60,6 +67,7 @@ class _UnscaleGradient(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
+    @once_differentiable  # the scale would not cancel in a second derivative
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, None]:
         (scale,) = ctx.saved_tensors
         return filter_nonfinite(grad / scale), None
@@ -70,25 +78,35 @@ def filter_nonfinite(x: Tensor) -> Tensor:
     return torch.where(torch.isfinite(x), x, 0.0)
 
 
-def unscale_(grads: Iterable[Tensor], scale: float | Tensor) -> Tensor:
-    """Divide the gradients of one block by its scale, in place, and tell whether any element was not finite.
+def unscale_(
+    grads: Sequence[Tensor], scales: Tensor, blocks: Sequence[int], *, write: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Divide each gradient by its block's scale, and find which blocks have an element that is not finite.
 
-    Non-finite elements are left as they are: the caller skips the update. A 16-bit gradient loses what falls
-    below its format when it is divided; hold it in float32 to keep that.
+        grads[i] = filter(grads[i] / scales[blocks[i]])
 
     Args:
-        grads: gradients of one block, at least one, on one device.
-        scale: > 0, a number or a tensor of one element.
+        grads: floating point, any dtypes.
+        scales: (n,), > 0.
+        blocks: for each gradient an index into ``scales``.
+        write: False leaves the gradients as they are, and computes the results alone.
 
     Returns:
-        Boolean tensor of no dimensions.
+        nonfinite, (n,) bool: whether a quotient of the block is not finite; and the sum of the squares of all finite
+        quotients, float64, of no dimensions. Both are of the quotients in float32 or wider, before they are rounded
+        to the gradient's dtype, in which a 16-bit one may lose them.
     """
-    found = []
-    for grad in grads:
-        found.append(~torch.isfinite(grad).all())
+    nonfinite = torch.zeros_like(scales, dtype=torch.bool)
+    sum_of_squares = torch.zeros((), dtype=torch.float64, device=scales.device)
+    for grad, block in zip(grads, blocks, strict=True):
         wide = grad.to(torch.promote_types(grad.dtype, torch.float32))
-        grad.copy_(wide / torch.as_tensor(scale, dtype=wide.dtype, device=wide.device).reshape(()))
-    return torch.stack(found).any()
+        quotient = wide / scales[block].to(wide.dtype)
+        nonfinite[block] |= ~torch.isfinite(quotient).all()
+        quotient = filter_nonfinite(quotient)
+        sum_of_squares += quotient.double().square().sum()
+        if write:
+            grad.copy_(quotient)
+    return nonfinite, sum_of_squares
 
 
 def update_grad_scale(

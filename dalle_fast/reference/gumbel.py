@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-_PHILOX_ROUNDS = 10
-_PHILOX_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-_PHILOX_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+from dalle_fast.reference.philox import philox
+
 _MASK32 = 0xFFFFFFFF
 
 # Codes that one block of counters serves: 32 counters of four outputs each.
@@ -38,20 +37,6 @@ class GumbelOutput(NamedTuple):
     quantized: Tensor
     indices: Tensor
     kl: Tensor
-
-
-def philox(counter: Sequence[Tensor | int], key: Sequence[Tensor | int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox-4x32-10: four counter words and two key words to four words, of 32 bits each, held in int64."""
-    c0, c1, c2, c3 = counter
-    k0, k1 = key
-    m0, m1 = _PHILOX_MULTIPLIERS
-    for _ in range(_PHILOX_ROUNDS):
-        # The product of two 32-bit words wraps in int64: its low 64 bits are right, the mask drops the sign.
-        left, right = c0 * m0, c2 * m1
-        c0, c2 = ((right >> 32) & _MASK32) ^ c1 ^ k0, ((left >> 32) & _MASK32) ^ c3 ^ k1
-        c1, c3 = right & _MASK32, left & _MASK32
-        k0, k1 = (k0 + _PHILOX_KEY_STEPS[0]) & _MASK32, (k1 + _PHILOX_KEY_STEPS[1]) & _MASK32
-    return c0, c1, c2, c3
 
 
 def gumbel_noise(
