@@ -5,12 +5,14 @@ work without it. The environment variable DALLE_FAST_BUILD says what happens whe
 missing: ``auto`` (default) installs the package without the extension and prints one warning, ``require`` is
 an error, ``skip`` never builds it. A compile error is an error always.
 
-The CUDA half is built where torch has CUDA and nvcc is found, for TORCH_CUDA_ARCH_LIST (default 8.0;9.0).
+The CUDA half is built where torch has CUDA and nvcc is found, for TORCH_CUDA_ARCH_LIST (default 8.0;9.0, and 10.0 where
+nvcc knows it).
 """
 
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 import sysconfig
 from glob import glob
@@ -20,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 INSTALL_COMMAND = "pip install --no-build-isolation ."
 BUILD_MODES = ("auto", "require", "skip")
-DEFAULT_CUDA_ARCHITECTURES = "8.0;9.0"
+DEFAULT_CUDA_ARCHITECTURES = {"8.0": "sm_80", "9.0": "sm_90", "10.0": "sm_100"}  # by torch's names, and nvcc's
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.cu"))
 
 
@@ -36,6 +38,15 @@ def missing_requirement() -> str | None:
     return None
 
 
+def default_cuda_architectures(cuda_home: str) -> str:
+    """The defaults that its nvcc compiles for; all where it does not say, so that the build names what is wrong."""
+    nvcc = shutil.which("nvcc", path=os.path.join(cuda_home, "bin"))
+    known = []
+    if nvcc is not None:
+        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    return ";".join(name for name, code in DEFAULT_CUDA_ARCHITECTURES.items() if not known or code in known)
+
+
 def configure(extension: Extension) -> None:
     """Add what only torch knows: include and library folders, and whether the CUDA half can be built."""
     import torch
@@ -49,7 +60,9 @@ def configure(extension: Extension) -> None:
     flags = ["-O3", "-std=c++20"]
     extension.extra_compile_args = {"cxx": [*flags, "-g0", "-Wall", "-Wno-psabi", "-fvisibility=hidden"], "nvcc": flags}
     if has_cuda:
-        architectures = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_CUDA_ARCHITECTURES)
+        if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+            os.environ["TORCH_CUDA_ARCH_LIST"] = default_cuda_architectures(cpp_extension.CUDA_HOME)
+        architectures = os.environ["TORCH_CUDA_ARCH_LIST"]
         listed = ";".join(architectures.replace(";", " ").split())
         extension.sources += CUDA_SOURCES
         extension.libraries += ["cudart", "c10_cuda", "torch_cuda"]
@@ -93,7 +106,7 @@ setup(
         Extension(
             "dalle_fast._C",
             sources=[*sorted(glob("csrc/*.cpp")), *sorted(glob("csrc/cpu/*.cpp"))],
-            depends=[*sorted(glob("csrc/common/*.h")), *sorted(glob("csrc/cpu/*.h")), *CUDA_SOURCES],
+            depends=[*sorted(glob("csrc/*/*.h")), *CUDA_SOURCES],
             include_dirs=[sysconfig.get_path("include")],
             language="c++",
         )

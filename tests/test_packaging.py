@@ -3,6 +3,7 @@
 import email
 import importlib.metadata
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -164,6 +165,27 @@ def test_a_compile_error_is_an_error(source, tmp_path):
     result = build_ext(broken, tmp_path)
     assert result.returncode != 0
     assert "error:" in result.stdout + result.stderr
+
+
+@pytest.mark.parametrize(
+    ("known", "architectures"),
+    [
+        ("sm_75 sm_80 sm_90 sm_100 sm_120", "8.0;9.0;10.0"),
+        ("sm_80 sm_86 sm_90", "8.0;9.0"),
+        ("", "8.0;9.0;10.0"),
+        (None, "8.0;9.0;10.0"),
+    ],
+)
+def test_default_cuda_architectures(known, architectures, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "--version"])
+    names = runpy.run_path("setup.py")
+    if known is not None:
+        nvcc = tmp_path / "bin" / "nvcc"
+        nvcc.parent.mkdir()
+        nvcc.write_text(f'#!/bin/sh\n[ "$1" = --list-gpu-code ] && printf "%s\\n" {known}\n')
+        nvcc.chmod(0o755)
+    assert names["default_cuda_architectures"](str(tmp_path)) == architectures
 
 
 def test_build_requirements_leave_torch_out():
