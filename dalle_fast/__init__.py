@@ -7,6 +7,7 @@ models. ``Pipeline`` also needs the tokenizers package, and is imported when it 
 from typing import TYPE_CHECKING, Any
 
 from dalle_fast import formats, patterns, reference
+from dalle_fast.grad_scaler import ResblockGradScaler
 from dalle_fast.models.dvae import DVAE, DVAEConfig
 from dalle_fast.models.transformer import Dalle, DalleConfig
 from dalle_fast.ops.attention import attention, attention_qkvpacked
@@ -14,6 +15,7 @@ from dalle_fast.ops.cross_entropy import linear_cross_entropy
 from dalle_fast.ops.grad_scale import scaled_resblock
 from dalle_fast.ops.gumbel import GumbelOutput, gumbel_quantize, gumbel_softmax
 from dalle_fast.ops.kv_cache import KVCache, attention_with_kvcache
+from dalle_fast.optim import AdamW16
 
 if TYPE_CHECKING:
     from dalle_fast.pipeline import GenerateOutput, Pipeline
@@ -22,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "DVAE",
+    "AdamW16",
     "DVAEConfig",
     "Dalle",
     "DalleConfig",
@@ -29,6 +32,7 @@ __all__ = [
     "GumbelOutput",
     "KVCache",
     "Pipeline",
+    "ResblockGradScaler",
     "attention",
     "attention_qkvpacked",
     "attention_with_kvcache",
