@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dalle_fast.models.half import Resblock, cast_weights, in_weight_dtype, set_grad_scales
 from dalle_fast.models.openai import load_part, read_parts, sizes_of
 from dalle_fast.ops.checks import check_floating, shape_of, without_autocast
 from dalle_fast.ops.gumbel import gumbel_quantize
@@ -159,14 +161,14 @@ class Conv2d(nn.Module):
         if self.always_fp32:
             with without_autocast(x.device):
                 return F.conv2d(x.float(), self.w.float(), self.b.float(), padding=self.kernel_size // 2)
-        return F.conv2d(x, self.w, self.b, padding=self.kernel_size // 2)
+        return in_weight_dtype(F.conv2d, x, self.w, self.b, padding=self.kernel_size // 2)
 
     def extra_repr(self) -> str:
         n_out, n_in = self.w.shape[:2]
         return f"{n_in}, {n_out}, kernel_size={self.kernel_size}"
 
 
-class ResidualBlock(nn.Module):
+class ResidualBlock(Resblock):
     """id_path(x) + gain * res_path(x), with a bottleneck of a quarter of the output channels.
 
     Args:
@@ -185,8 +187,13 @@ class ResidualBlock(nn.Module):
             layers[f"conv_{number}"] = Conv2d(widths[number - 1], widths[number], kernel_size)
         self.res_path = nn.Sequential(layers)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.id_path(x) + self.gain * self.res_path(x)
+    def branch(self, x: Tensor) -> Tensor:
+        """What is added."""
+        return self.gain * self.res_path(x)
+
+    def identity(self) -> nn.Module | None:
+        """The 1 x 1 convolution, where the number of channels changes."""
+        return None if isinstance(self.id_path, nn.Identity) else self.id_path
 
 
 def _group(
@@ -298,6 +305,27 @@ class DVAE(nn.Module):
         load_part(dvae.encoder, encoder, encoder_path)
         load_part(dvae.decoder, decoder, decoder_path)
         return dvae.eval()
+
+    def resblocks(self) -> list[ResidualBlock]:
+        """The residual blocks in order, the encoder's before the decoder's."""
+        return [module for module in self.modules() if isinstance(module, ResidualBlock)]
+
+    def branches(self) -> list[nn.Module]:
+        """What a gradient scale each is for, in order: the residual paths, without the 1 x 1 identity paths."""
+        return [block.res_path for block in self.resblocks()]
+
+    def set_grad_scales(self, scales: Sequence[Tensor] | None) -> None:
+        """As :meth:`dalle_fast.Dalle.set_grad_scales`."""
+        set_grad_scales(self.resblocks(), scales)
+
+    def cast_blocks(self, dtype: torch.dtype) -> DVAE:
+        """Hold the residual paths' convolutions in ``dtype``, biases and all other weights in fp32.
+
+        Do it before an optimiser is made.
+        """
+        convolutions = (module for path in self.branches() for module in path.modules() if isinstance(module, Conv2d))
+        cast_weights(convolutions, "w", dtype)
+        return self
 
     def logits(self, images: Tensor) -> Tensor:
         """(B, 3, H, W) in [0, 1] to (B, vocab_size, H / downsampling, W / downsampling), fp32.

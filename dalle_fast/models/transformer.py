@@ -11,7 +11,7 @@ like any other. Each attention layer sees what its pattern of ``schedule(layout,
     loss = text_loss_weight * mean CE over text + (1 - text_loss_weight) * mean CE over image
 
 with text positions scored against the text vocabulary alone and image positions against the image vocabulary alone.
-LayerNorms, the residual stream and the logits are fp32, also under autocast.
+LayerNorms, the residual stream and the logits are fp32, also under autocast and where the blocks' matrices are 16-bit.
 
 Source: arXiv 2102.12092 sections 2.2 and B.1, figures 10 and 11. What the paper leaves open is a field of
 :class:`DalleConfig` whose default follows Sparse Transformers (arXiv 1904.10509).
@@ -20,6 +20,7 @@ Source: arXiv 2102.12092 sections 2.2 and B.1, figures 10 and 11. What the paper
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from dalle_fast.models.half import Resblock, cast_weights, in_weight_dtype, set_grad_scales
 from dalle_fast.ops.attention import attention, attention_qkvpacked
 from dalle_fast.ops.checks import without_autocast
 from dalle_fast.ops.cross_entropy import linear_cross_entropy
@@ -148,7 +150,14 @@ class LayerNorm(nn.LayerNorm):
             return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps)
 
 
-class AttentionBlock(nn.Module):
+class Linear(nn.Linear):
+    """A linear map in its weight's dtype, fp32 or 16-bit, or in autocast's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return in_weight_dtype(F.linear, x, self.weight, self.bias)
+
+
+class AttentionBlock(Resblock):
     """x + projection(attention(LayerNorm(x))), within one pattern."""
 
     def __init__(self, config: DalleConfig, pattern: Pattern) -> None:
@@ -156,45 +165,47 @@ class AttentionBlock(nn.Module):
         self.pattern = pattern
         self.heads, self.head_dim = config.heads, config.head_dim
         self.norm = LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=config.linear_bias)
-        self.projection = nn.Linear(config.width, config.width, bias=config.linear_bias)
+        self.qkv = Linear(config.width, 3 * config.width, bias=config.linear_bias)
+        self.projection = Linear(config.width, config.width, bias=config.linear_bias)
         self.dropout = nn.Dropout(config.dropout)
 
     def _project_qkv(self, x: Tensor) -> Tensor:
         return self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, self.head_dim))  # (B, S, 3, H, D)
 
-    def _add(self, x: Tensor, attended: Tensor) -> Tensor:
-        return x + self.dropout(self.projection(attended.flatten(-2)))
+    def _project(self, attended: Tensor) -> Tensor:
+        return self.dropout(self.projection(attended.flatten(-2)))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._add(x, attention_qkvpacked(self._project_qkv(x), self.pattern))
+    def branch(self, x: Tensor) -> Tensor:
+        """What is added to x."""
+        return self._project(attention_qkvpacked(self._project_qkv(x), self.pattern))
 
     def prefill(self, x: Tensor, cache: KVCache) -> Tensor:
         """The same for the first states of a sequence, whose keys and values the cache keeps."""
         query, key, value = self._project_qkv(x).permute(2, 0, 3, 1, 4)  # each (B, H, S, D)
         cache.prefill(key, value)
-        return self._add(x, attention(query, key, value, self.pattern).transpose(1, 2))
+        return x + self._project(attention(query, key, value, self.pattern).transpose(1, 2))
 
     def step(self, x: Tensor, cache: KVCache) -> Tensor:
         """The same for one state a sample, (B, 1, width), which the cache takes up."""
         query, key, value = self._project_qkv(x).permute(2, 0, 3, 1, 4)
-        return self._add(x, attention_with_kvcache(query, key, value, cache).transpose(1, 2))
+        return x + self._project(attention_with_kvcache(query, key, value, cache).transpose(1, 2))
 
 
-class MLPBlock(nn.Module):
+class MLPBlock(Resblock):
     """x + W2 act(W1 LayerNorm(x))."""
 
     def __init__(self, config: DalleConfig) -> None:
         super().__init__()
         hidden = config.mlp_ratio * config.width
         self.norm = LayerNorm(config.width, eps=config.layer_norm_eps)
-        self.expand = nn.Linear(config.width, hidden, bias=config.linear_bias)
-        self.contract = nn.Linear(hidden, config.width, bias=config.linear_bias)
+        self.expand = Linear(config.width, hidden, bias=config.linear_bias)
+        self.contract = Linear(hidden, config.width, bias=config.linear_bias)
         self.activation = _ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.dropout(self.contract(self.activation(self.expand(self.norm(x)))))
+    def branch(self, x: Tensor) -> Tensor:
+        """What is added to x."""
+        return self.dropout(self.contract(self.activation(self.expand(self.norm(x)))))
 
 
 class Dalle(nn.Module):
@@ -252,6 +263,33 @@ class Dalle(nn.Module):
         if not config.tie_embeddings:
             nn.init.zeros_(self.text_head.weight)
             nn.init.zeros_(self.image_head.weight)
+
+    def resblocks(self) -> list[Resblock]:
+        """The residual blocks in order, two a layer; all else of the model has no gradient scale."""
+        return [block for layer in self.layers for block in (layer["attention"], layer["mlp"])]
+
+    def branches(self) -> list[nn.Module]:
+        """What a gradient scale each is for, in order: the blocks, LayerNorms included."""
+        return list(self.resblocks())
+
+    def set_grad_scales(self, scales: Sequence[Tensor] | None) -> None:
+        """Run each block as :func:`dalle_fast.scaled_resblock` with a scale of its own, or, with None, without.
+
+        Args:
+            scales: one a block, of no dimensions, as :attr:`dalle_fast.ResblockGradScaler.block_scales`.
+
+        Raises:
+            ValueError: another number of scales than of blocks.
+        """
+        set_grad_scales(self.resblocks(), scales)
+
+    def cast_blocks(self, dtype: torch.dtype) -> Dalle:
+        """Hold the blocks' matrices in ``dtype``; gains, biases, embeddings and unembeddings stay fp32.
+
+        Do it before an optimiser is made. Source: arXiv 2102.12092, appendix D, guideline 2.
+        """
+        cast_weights((module for module in self.layers.modules() if isinstance(module, Linear)), "weight", dtype)
+        return self
 
     def embed_text(self, text: Tensor) -> Tensor:
         """The text states (B, text_states, width) of captions (B, caption_len)."""
@@ -331,7 +369,7 @@ class Dalle(nn.Module):
 
     def make_caches(self, batch: int, num_prompts: int | None = None) -> list[KVCache]:
         """An empty cache for each layer; sample i of the batch belongs to prompt i // (batch // num_prompts)."""
-        weight = self.image_head.weight
+        weight = self.layers[0]["attention"].qkv.weight
         return [
             KVCache(
                 pattern,

@@ -18,6 +18,7 @@ from dalle_fast.data.sources import Loader, Sample, open_source
 from dalle_fast.models.dvae import DVAE, DVAEConfig, DVAELoss
 from dalle_fast.training.code_usage import CodeUsage
 from dalle_fast.training.loop import Outcome, RunConfig, Task, check_update_rule, choose_device, resume_point, train
+from dalle_fast.training.precision import check_same_precision, make_optimizer
 from dalle_fast.training.schedules import half_cosine, warmup_cosine
 
 __all__ = ["TrainDVAEConfig", "train_dvae"]
@@ -70,9 +71,10 @@ def train_dvae(data: str | Path, out: Path, config: TrainDVAEConfig, *, resume: 
     """
     resume_from = resume_point(out, resume)
     if resume_from is not None:
-        saved = load_config(resume_from, "dvae")["model"]
+        saved = load_config(resume_from, "dvae")
         for name, value in to_dict(config.model).items():
-            check_match(name, saved.get(name), value, resume_from)
+            check_match(name, saved["model"].get(name), value, resume_from)
+        check_same_precision(saved.get("train", {}).get("precision"), config.precision, resume_from)
     torch.manual_seed(config.seed)
     device = choose_device(config.device)
     model = DVAE(config.model).to(device, memory_format=torch.channels_last)
@@ -116,15 +118,11 @@ def train_dvae(data: str | Path, out: Path, config: TrainDVAEConfig, *, resume: 
         pairs = torch.stack([shown(), model.decode(model.encode(shown()))], dim=1)
         return {"reconstructions": pairs.flatten(0, 1)}
 
+    optimizer, scaler = make_optimizer(model, [{"params": list(model.parameters())}], config)
     task = Task(
         model=model,
-        optimizer=torch.optim.AdamW(
-            model.parameters(),
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-            fused=True,
-        ),
+        optimizer=optimizer,
+        scaler=scaler,
         loader=loader,
         forward=forward,
         learning_rate=lambda step: warmup_cosine(

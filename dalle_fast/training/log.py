@@ -1,5 +1,7 @@
 """The log of a training run: OUT/log.jsonl, OUT/tensorboard, OUT/images and a progress bar on stderr.
 
+Rows of numbers, such as one a residual block, go to files of their own, OUT/<name>.jsonl, and not to TensorBoard.
+
 log.jsonl has one JSON object a line, `{"step": 12, "loss": 6.93, ...}`, each step once, also in a run that
 was killed and resumed. JSON has no NaN and no infinities: they are written as the strings "NaN", "Infinity"
 and "-Infinity", which `read_log` and `float` turn back into numbers.
@@ -14,9 +16,10 @@ import json
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 from torch import Tensor
 
@@ -62,7 +65,9 @@ class RunLog:
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / "log.jsonl"
         _drop_steps_from(path, resume_step)
+        self._resume_step = resume_step
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
+        self._row_files: dict[str, TextIO] = {}
         self._bar = tqdm(
             total=total_steps,
             initial=resume_step,
@@ -92,6 +97,17 @@ class RunLog:
                 self._writer.add_scalar(name, value, step)
         self._show_progress(step + 1, values)
 
+    def rows(self, step: int, name: str, **rows: Sequence[float]) -> Path:
+        """Record rows of numbers of one update, as a line of OUT/<name>.jsonl, whose path is returned."""
+        path = self.out / f"{name}.jsonl"
+        if name not in self._row_files:
+            _drop_steps_from(path, self._resume_step)
+            self._row_files[name] = open(path, "a", encoding="utf-8")  # noqa: SIM115 closed by close()
+        file = self._row_files[name]
+        file.write(_line({"step": step} | {key: [_number(value) for value in row] for key, row in rows.items()}))
+        file.flush()
+        return path
+
     def images(self, step: int, name: str, images: Tensor) -> None:
         """Write `images` (N, 3, height, width) in [0, 1] as one grid, OUT/images/<name>-<step>.png."""
         grid = image_grid(images)
@@ -108,7 +124,8 @@ class RunLog:
     def close(self) -> None:
         """Finish the bar and the files."""
         self._bar.close()
-        self._file.close()
+        for file in (self._file, *self._row_files.values()):
+            file.close()
         if self._writer is not None:
             self._writer.close()
 
@@ -152,8 +169,12 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise ValueError(f"{path} line {number} is not JSON: {line[:80]!r}") from None
-        records.append({name: _NOT_FINITE.get(value, value) for name, value in record.items()})
+        records.append({name: _from_json(value) for name, value in record.items()})
     return records
+
+
+def _from_json(value: float | str | list[float | str]) -> float | list[float]:
+    return [_from_json(entry) for entry in value] if isinstance(value, list) else _NOT_FINITE.get(value, value)
 
 
 def _drop_steps_from(path: Path, step: int) -> None:
@@ -173,11 +194,13 @@ def _number(value: float | Tensor) -> float:
     return value.item() if hasattr(value, "item") else value
 
 
-def _line(record: dict[str, float]) -> str:
+def _line(record: dict[str, float | list[float]]) -> str:
     return json.dumps({name: _to_json(value) for name, value in record.items()}, allow_nan=False) + "\n"
 
 
-def _to_json(value: float) -> float | str:
+def _to_json(value: float | list[float]) -> float | str | list[float | str]:
+    if isinstance(value, list):
+        return [_to_json(entry) for entry in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

@@ -31,6 +31,8 @@ from dalle_fast.checkpoint import (
     save_checkpoint,
 )
 from dalle_fast.data.sources import Loader
+from dalle_fast.grad_scaler import ResblockGradScaler
+from dalle_fast.training.grad_scale_log import GradScaleLog
 from dalle_fast.training.log import RunLog
 from dalle_fast.training.schedules import PlateauHalving
 
@@ -47,8 +49,12 @@ class RunConfig:
     device: Literal["auto", "cpu", "cuda"] = field(
         default="auto", metadata={"help": "auto takes a GPU if there is one"}
     )
-    precision: Literal["fp32", "bf16"] = field(
-        default="fp32", metadata={"help": "bf16 runs matrix products in bfloat16; weights stay fp32"}
+    precision: Literal["fp32", "bf16", "fp16"] = field(
+        default="fp32",
+        metadata={
+            "help": "bf16 runs matrix products in bfloat16, weights stay fp32; fp16 holds the blocks' matrices and the "
+            "optimiser's moments in 16 bits, with a gradient scale for each residual block"
+        },
     )
     num_workers: int = field(default=2, metadata={"help": "threads that read and augment ahead"})
     max_bad_share: float = field(default=0.05, metadata={"help": "share of unusable samples above which the run stops"})
@@ -97,6 +103,7 @@ class Task:
     Args:
         model: on its device.
         optimizer: over the model's parameters; its step size is set before each update.
+        scaler: of the gradients that the model's blocks scale, or None; the optimiser then clips them itself.
         loader: batches, as tuples of CPU tensors.
         forward: (batch on the model's device, update number from 0) to the outcome.
         learning_rate: step size by update number, before the plateau's factor.
@@ -104,7 +111,7 @@ class Task:
         files: further files and folders for the checkpoints.
         counters: tensors by name that ``forward`` counts in; checkpoints keep them.
         plateau: halves the step size where the loss stops falling; sees each update's loss from ``plateau_from`` on.
-        grad_clip: largest global norm of the gradients, or None.
+        grad_clip: largest global norm of the gradients, or None; of use without a scaler.
         ema_decay: of the moving average of the weights, 0 for none; taken every ``ema_every`` updates.
         preview: the model, averaged weights in place, to named image batches for the log.
     """
@@ -119,6 +126,7 @@ class Task:
     counters: dict[str, Tensor] = field(default_factory=dict)
     plateau: PlateauHalving | None = None
     plateau_from: int = 0
+    scaler: ResblockGradScaler | None = None
     grad_clip: float | None = None
     ema_decay: float = 0.0
     ema_every: int = 1
@@ -190,13 +198,17 @@ def train(
     )
     with log, _interrupt_held() as interrupted:
         batches, warned = iter(task.loader), set()
+        scale_log = GradScaleLog(task.scaler, log) if task.scaler is not None else None
         while state.step < run.steps:
             outcome = state.update(next(batches))
             step, last, stop = state.step, state.step == run.steps, interrupted.is_set()
             if run.logs(step - 1):
-                state.check_finite(outcome.loss)
+                scaling = scale_log.scalars(step - 1) if scale_log else {}
+                # A loss that is not finite in an update that was skipped does no harm, unless it goes on like that.
+                if scale_log is None or scale_log.is_hopeless:
+                    state.check_finite(outcome.loss)
                 speed = clock.steps_per_s(step) * run.batch_size
-                log.log(step - 1, **state.scalars(outcome), samples_per_s=speed)
+                log.log(step - 1, **state.scalars(outcome), **scaling, samples_per_s=speed)
                 for reason in task.loader.bad.keys() - warned:
                     log.warn(f"samples are skipped: {reason}, for example {task.loader.bad_examples[reason]}")
                     warned.add(reason)
@@ -204,8 +216,10 @@ def train(
                 if task.preview and run.images_every and (step % run.images_every == 0 or last):
                     for name, images in state.preview().items():
                         log.images(step - 1, name, images)
+                if scale_log and (last or stop or (run.images_every and step % run.images_every == 0)):
+                    scale_log.draw()
                 if step % run.checkpoint_every == 0 or last or stop:
-                    state.check_finite(outcome.loss, weights=True)
+                    state.check_finite(outcome.loss if scale_log is None else None, weights=True)
                     state.save()
             if stop:
                 break
@@ -248,7 +262,7 @@ class _State:
         self.learning_rate = 0.0
         self.checkpoint: Path | None = None
         weights = task.model.state_dict()
-        self.average = {name: tensor.clone() for name, tensor in weights.items()} if task.ema_decay else None
+        self.average = {name: _wide_copy(tensor) for name, tensor in weights.items()} if task.ema_decay else None
 
     def update(self, batch: tuple[Tensor, ...]) -> Outcome:
         task = self.task
@@ -260,19 +274,25 @@ class _State:
             outcome = task.forward(batch, self.step)
         task.optimizer.zero_grad(set_to_none=True)
         outcome.loss.backward()
-        if task.grad_clip is not None:
-            nn.utils.clip_grad_norm_(task.model.parameters(), task.grad_clip)
-        task.optimizer.step()
+        if task.scaler is not None:
+            task.scaler.unscale_(task.optimizer)
+            task.scaler.step(task.optimizer)
+            task.scaler.update()
+        else:
+            if task.grad_clip is not None:
+                nn.utils.clip_grad_norm_(task.model.parameters(), task.grad_clip)
+            task.optimizer.step()
         if task.plateau is not None and self.step >= task.plateau_from:
             task.plateau.update(outcome.loss.item())
         self.step += 1
         if self.average is not None and self.step % task.ema_every == 0:
             weights = task.model.state_dict()
-            torch._foreach_lerp_(list(self.average.values()), list(weights.values()), 1 - task.ema_decay)
+            wide = [weights[name].to(average.dtype) for name, average in self.average.items()]
+            torch._foreach_lerp_(list(self.average.values()), wide, 1 - task.ema_decay)
         return outcome
 
-    def check_finite(self, loss: Tensor, *, weights: bool = False) -> None:
-        fault = None if math.isfinite(loss.item()) else f"the loss became {loss.item()}"
+    def check_finite(self, loss: Tensor | None, *, weights: bool = False) -> None:
+        fault = None if loss is None or math.isfinite(loss.item()) else f"the loss became {loss.item()}"
         if weights and not all(bool(weight.isfinite().all()) for weight in self.task.model.parameters()):
             fault = fault or "a weight became NaN or infinite"
         if fault:
@@ -311,6 +331,7 @@ class _State:
                 "loader": task.loader.state_dict(),
                 "plateau": task.plateau.state_dict() if task.plateau else None,
                 "counters": task.counters,
+                "scaler": task.scaler.state_dict() if task.scaler else None,
                 "rng": torch.get_rng_state(),
                 "cuda_rng": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
             },
@@ -337,6 +358,8 @@ class _State:
         task.loader.load_state_dict(saved["loader"])
         if task.plateau is not None and saved["plateau"] is not None:
             task.plateau.load_state_dict(saved["plateau"])
+        if task.scaler is not None:
+            task.scaler.load_state_dict(saved["scaler"])
         for name, counter in task.counters.items():
             # Of an earlier version's checkpoint, which lacks it, a count starts anew.
             count = saved.get("counters", {}).get(name)
@@ -346,6 +369,11 @@ class _State:
         if saved["cuda_rng"] is not None and self.device.type == "cuda":
             torch.cuda.set_rng_state(saved["cuda_rng"], self.device)
         self.step, self.checkpoint = saved["step"], path
+
+
+def _wide_copy(weight: Tensor) -> Tensor:
+    """A copy in fp32: a slow moving average does not move in 16 bits."""
+    return weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
 
 
 def _load_moments(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:

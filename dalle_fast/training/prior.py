@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from dalle_fast.models.transformer import Dalle, DalleConfig
 from dalle_fast.pipeline import Pipeline, check_parts_match, dalle_checkpoint_config, load_dvae, save_dvae
 from dalle_fast.training.encode import check_encoded_by
 from dalle_fast.training.loop import Outcome, RunConfig, Task, check_update_rule, choose_device, resume_point, train
+from dalle_fast.training.precision import check_same_precision, make_optimizer
 from dalle_fast.training.schedules import PlateauHalving, linear_warmup, warmup_cosine
 
 __all__ = ["TrainConfig", "fit_to_dvae", "train_prior"]
@@ -117,6 +118,7 @@ def train_prior(
         for name, value in to_dict(model_config).items():
             check_match(name, saved["model"].get(name), value, resume_from)
         check_match("decayed", saved.get("train", {}).get("decayed"), config.decayed, resume_from)
+        check_same_precision(saved.get("train", {}).get("precision"), config.precision, resume_from)
         check_match("tokenizer_sha256", saved.get("tokenizer_sha256"), tokenizer.sha256, resume_from)
     if encoded:
         check_encoded_by(source, dvae, f"--dvae {dvae_path}" if resume_from is None else f"checkpoint {resume_from}")
@@ -162,9 +164,11 @@ def train_prior(
             return warmup_cosine(step, peak, final, config.warmup_steps, max(config.steps, config.warmup_steps + 1))
         return linear_warmup(step, config.learning_rate, config.warmup_steps)
 
+    optimizer, scaler = make_optimizer(model, _groups(model, config), config)
     task = Task(
         model=model,
-        optimizer=_optimizer(model, config),
+        optimizer=optimizer,
+        scaler=scaler,
         loader=loader,
         forward=forward,
         learning_rate=learning_rate,
@@ -181,18 +185,12 @@ def train_prior(
     return train(task, config, out, resume_from=resume_from, description="transformer")
 
 
-def _optimizer(model: Dalle, config: TrainConfig) -> torch.optim.AdamW:
+def _groups(model: Dalle, config: TrainConfig) -> list[dict[str, Any]]:
     matrices = {module.weight for module in model.layers.modules() if isinstance(module, nn.Linear)}
     decayed = [p for p in model.parameters() if config.decayed == "all" or p in matrices]
     others = [p for p in model.parameters() if config.decayed == "matrices" and p not in matrices]
     groups = [{"params": decayed}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.learning_rate,
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    return [group for group in groups if group["params"]]
 
 
 def _write_parts(out: Path, dvae: DVAE, tokenizer: Tokenizer) -> dict[str, Path]:
