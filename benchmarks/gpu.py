@@ -7,7 +7,8 @@ repository is written to, and build/gpu keeps what is compiled too. The stages, 
     build        the package with its C++ and CUDA extension, for this GPU alone; where that fails, without it
     test         every test with cuda, gpu or triton in its name, in several processes where pytest-xdist is installed
     compile      the rivals of every row of the benchmarks, on all cores: one after the other takes minutes
-    benchmark    benchmarks/bench_gumbel.py and bench_attention.py; as many rows as there is time for
+    benchmark    bench_grad_scale, bench_adamw16, bench_gumbel, bench_cross_entropy and bench_attention of benchmarks/;
+                 as many rows as there is time for
     exercise     small calls of every op
     memcheck     the same under compute-sanitizer, where it is installed
     racecheck    the same
@@ -49,7 +50,9 @@ BUILD = ROOT / "build" / "gpu"
 SITE = BUILD / "site"
 RESULTS = ROOT / "benchmarks" / "results"
 # The few rows first, since a time limit cuts the end off.
-BENCHMARKS = ["benchmarks/bench_gumbel.py", "benchmarks/bench_attention.py"]
+BENCHMARKS = [
+    f"benchmarks/bench_{name}.py" for name in ("grad_scale", "adamw16", "gumbel", "cross_entropy", "attention")
+]
 
 TOTAL_SECONDS = 460
 LIMIT_SECONDS = {
@@ -69,12 +72,12 @@ GRACE_SECONDS = 15  # from the interrupt to the kill; pytest-benchmark writes it
 LEAST_SECONDS = 5  # with less left, a stage is not started
 
 DRY_RUN_ROWS = "small-row"
-DRY_RUN_SELECTION = f"{DRY_RUN_ROWS} or forward-gumbel_quantize"
+DRY_RUN_SELECTION = f"{DRY_RUN_ROWS} or forward-gumbel_quantize or small-linear_cross_entropy"
 DRY_RUN_PATIENCE = 10.0
 
 TESTS_OF_GPU = "cuda or gpu or triton"
 FOUND_NO_GPU = re.compile(r"\b(?:needs a|no) (?:CUDA|GPU)")  # in the reason of a skip
-NEED_NO_GPU = {"test_cuda_sources.py"}  # nvcc alone
+NEED_NO_GPU = {"test_cuda_sources.py", "test_cuda_kernels.py"}  # compilers alone
 SANITIZER = "compute-sanitizer"
 SANITIZER_REFUSES = "Device not supported"
 
@@ -427,49 +430,6 @@ def _quantize_once(sizes: Any) -> None:
     torch.cuda.empty_cache()
 
 
-def exercise() -> None:
-    """Small calls of every op with a kernel, forward and backward, on the GPU or, without one, on the CPU."""
-    import torch
-
-    import dalle_fast
-    from dalle_fast import formats
-    from dalle_fast.patterns import Column, Conv, Full, Row
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    text_len, grid = 13, (5, 7)
-    calls = 0
-    kinds = [Full(text_len, grid), Row(text_len, grid), Column(text_len, grid), Conv(text_len, grid, kernel_size=3)]
-    text_lens = torch.tensor([0, text_len], device=device)
-    for pattern in kinds:
-        for dtype, head_dim in ((torch.bfloat16, 64), (torch.float32, 40)):
-            qkv = torch.randn(2, pattern.seq_len, 3, 2, head_dim).to(device, dtype).requires_grad_()
-            out = dalle_fast.attention_qkvpacked(qkv, pattern, text_lens=text_lens)
-            (gradient,) = torch.autograd.grad(out.float().sum(), qkv)
-            assert out.isfinite().all() and gradient.isfinite().all()
-            calls += 1
-    for dtype, codes in ((torch.bfloat16, 300), (torch.float32, 256)):
-        logits = torch.randn(2, codes, 7, 9).to(device, dtype).requires_grad_()
-        codebook = torch.randn(codes, 40).to(device, dtype).requires_grad_()
-        for hard in (False, True):
-            soft = dalle_fast.gumbel_softmax(logits, 0.5, hard, dim=1)
-            found = dalle_fast.gumbel_quantize(logits, codebook, 0.5, hard=hard)
-            loss = soft.float().square().sum() + found.quantized.float().sum() + found.kl.sum()
-            gradients = torch.autograd.grad(loss, (logits, codebook))
-            assert all(each.isfinite().all() for each in (soft, found.quantized, found.kl, *gradients))
-            calls += 1
-    values = torch.randn(1001).to(device)
-    backend = "cpp" if dalle_fast.ops.backends.has_cpp_backend(values.device) else "reference"
-    for encode, decode in (
-        (formats.encode_169, formats.decode_169),
-        (formats.encode_0610, formats.decode_0610),
-    ):
-        assert decode(encode(values, backend=backend), backend=backend).isfinite().all()
-        calls += 1
-    if device == "cuda":
-        torch.cuda.synchronize()
-    print(f"{calls} calls on {device}, all finite")
-
-
 def main() -> int:
     """Run the stages; the exit status."""
     parser = argparse.ArgumentParser(description="GPU tests, benchmarks and memory checks, in under eight minutes.")
@@ -479,6 +439,8 @@ def main() -> int:
     arguments = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parent))  # for the other files here; PYTHONSAFEPATH keeps it out
     if arguments.exercise:
+        from exercise import exercise
+
         exercise()
         return 0
     if arguments.compile is not None:

@@ -24,6 +24,7 @@ if not BENCHMARKS.is_dir():
 sys.path.append(str(BENCHMARKS))
 
 import bench_attention  # noqa: E402
+import exercise  # noqa: E402
 import gpu  # noqa: E402
 import measure  # noqa: E402
 import oracle  # noqa: E402
@@ -557,8 +558,9 @@ def test_time_left(tmp_path):
 def test_names_and_test_files():
     assert gpu.slug("NVIDIA H200") == "nvidia-h200"
     files = gpu.gpu_test_files()
-    assert "tests/test_formats.py" in files and "tests/test_cuda_sources.py" not in files
-    assert all((ROOT / file).is_file() for file in files)
+    assert {"tests/test_formats.py", "tests/test_precision_devices.py"} <= set(files)
+    assert not {"tests/test_cuda_sources.py", "tests/test_cuda_kernels.py"} & set(files)
+    assert all((ROOT / file).is_file() for file in (*files, *gpu.BENCHMARKS))
 
 
 def test_tests_are_counted(tmp_path):
@@ -627,5 +629,5 @@ def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
 
 
 def test_the_calls_that_the_sanitizer_watches(capsys):
-    gpu.exercise()
-    assert capsys.readouterr().out == f"14 calls on {measure.DEVICE}, all finite\n"
+    exercise.exercise()
+    assert capsys.readouterr().out == f"26 calls on {measure.DEVICE}, all finite\n"
