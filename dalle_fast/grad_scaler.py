@@ -27,6 +27,7 @@ from torch.optim import Optimizer
 from dalle_fast import reference
 from dalle_fast.ops.checks import shape_of
 from dalle_fast.ops.grad_scale import GradScaling, Unscaled, unscale_
+from dalle_fast.ops.sharding import is_dtensor, local_part, sharding_groups
 
 T = TypeVar("T")
 
@@ -196,9 +197,8 @@ class ResblockGradScaler:
                         f"a parameter must belong to one optimizer, {place or _name(optimizer, parameter)} "
                         "was unscaled through another"
                     )
-                is_dtensor = _is_dtensor(grad)
-                share = shares[(grad.device_mesh, grad.placements) if is_dtensor else ()]
-                share.grads.append(grad.to_local() if is_dtensor else grad)
+                share = shares[sharding_groups(grad)]
+                share.grads.append(local_part(grad))
                 share.blocks.append(block)
         if not shares:
             raise ValueError(f"the optimizer's parameters must have gradients, none of {len(block_of)} has one")
@@ -379,7 +379,7 @@ class ResblockGradScaler:
             )
         if grad.device != (device := self._scales.device):
             raise ValueError(f"gradients must be on the blocks' device, {device}, {whose()} is on {grad.device}")
-        if _is_dtensor(grad) and any(placement.is_partial() for placement in grad.placements):
+        if is_dtensor(grad) and any(placement.is_partial() for placement in grad.placements):
             raise ValueError(f"gradients must be reduced over the ranks, {whose()} is placed {grad.placements}")
         if grad.dtype == torch.float16 and not reads_scaled_grads:
             raise TypeError(
@@ -390,11 +390,11 @@ class ResblockGradScaler:
     def _unscale_shares(self, shares: Mapping[tuple, _Share], write: bool) -> Unscaled:
         """Unscale what this rank holds, and agree with the ranks that hold the rest."""
         flags, sums, owners = [], [], []
-        for key, share in shares.items():
+        for groups, share in shares.items():
             nonfinite, sum_of_squares = unscale_(share.grads, self._scales, share.blocks, write=write)
             flags.append(nonfinite)
             sums.append(sum_of_squares)
-            owners.append(_sharding_groups(*key))
+            owners.append(groups)
         nonfinite = torch.stack(flags).any(0)
         # One all-reduce a group, of flags and sums together; ranks see parameters, and so groups, in one order.
         for group in dict.fromkeys(group for groups in owners for group in groups):
@@ -530,14 +530,3 @@ def _name(optimizer: Optimizer, parameter: Tensor) -> str:
                 name = f" ({group['param_names'][index]})" if "param_names" in group else ""
                 return f"parameter {index}{name} of param_groups[{number}]"
     raise AssertionError("the parameter is the optimizer's")
-
-
-def _is_dtensor(tensor: Tensor) -> bool:
-    # Not by isinstance: importing torch.distributed.tensor takes a quarter of the time of importing torch.
-    return type(tensor) is not Tensor and hasattr(tensor, "device_mesh")
-
-
-def _sharding_groups(mesh: Any = None, placements: tuple = ()) -> tuple:
-    """The process groups over which a DTensor is split; replicas of it are equal and need no talk."""
-    groups = (mesh.get_group(axis) for axis, placement in enumerate(placements) if not placement.is_replicate())
-    return tuple(group for group in groups if dist.get_world_size(group) > 1)

@@ -28,6 +28,7 @@ from dalle_fast import formats
 from dalle_fast.ops.adamw16 import UpdatedTensors, UpdateRule, adamw16_
 from dalle_fast.ops.checks import check_backend, shape_of
 from dalle_fast.ops.grad_scale import GradScaling, unscale_
+from dalle_fast.ops.sharding import is_dtensor, local_part, sharding_groups
 from dalle_fast.ops.tensor_table import DTYPE_CODES, is_dense, to_device
 
 _ROUNDINGS = ("stochastic", "master")
@@ -162,8 +163,8 @@ class AdamW16(torch.optim.Optimizer):
             backend=self.backend,
         )
         for row, (_, param, _) in zip(rows, used, strict=True):
-            if row.param is not _local(param):
-                _local(param).copy_(row.param)
+            if row.param is not local_part(param):
+                local_part(param).copy_(row.param)
         # Kernels write through addresses, and autograd has to learn that a tensor saved for backward is another now.
         torch.autograd.graph.increment_version([param for _, param, _ in used])
         return loss
@@ -229,7 +230,7 @@ class AdamW16(torch.optim.Optimizer):
         wants_master = self.rounding == "master" and param.dtype != torch.float32
         if wants_master and "master" not in state:
             state["master"] = torch.empty_like(param, dtype=torch.float32).copy_(param)
-        local = _local(param)
+        local = local_part(param)
         dense = local if is_dense(local) else torch.empty_like(local).copy_(local)
         names = ("exp_avg", "exp_avg_sq", "master") if wants_master else ("exp_avg", "exp_avg_sq")
         for name in names:
@@ -239,12 +240,12 @@ class AdamW16(torch.optim.Optimizer):
                     f"a parameter must keep its dtype and device from its first update on, got {param.dtype} on "
                     f"{param.device} with {name} of {state[name].dtype} on {state[name].device}"
                 )
-            if not _same_layout(_local(state[name]), dense):
+            if not _same_layout(local_part(state[name]), dense):
                 state[name] = torch.empty_like(param, dtype=expected).copy_(state[name])
         grad = param.grad
-        if hasattr(grad, "placements") and grad.placements != param.placements:
+        if is_dtensor(grad) and grad.placements != param.placements:
             grad = grad.redistribute(placements=param.placements)
-        grad = _local(grad)
+        grad = local_part(grad)
         if not _same_layout(grad, dense):
             grad = torch.empty_like(dense).copy_(grad)
         block = 0
@@ -254,8 +255,8 @@ class AdamW16(torch.optim.Optimizer):
                     f"scaling.block_of must have every parameter, got no block of number {index}, {shape_of(param)}"
                 )
             block = scaling.block_of[param]
-        master = _local(state["master"]) if wants_master else None
-        moments = _local(state["exp_avg"]), _local(state["exp_avg_sq"])
+        master = local_part(state["master"]) if wants_master else None
+        moments = local_part(state["exp_avg"]), local_part(state["exp_avg_sq"])
         return UpdatedTensors(dense, grad, *moments, master, group, block, index)
 
     def _scaling(
@@ -333,12 +334,12 @@ def _loaded(
         value = value.redistribute(placements=param.placements)
     dtype = torch.float32 if encode is None else _moment_dtype(param)
     loaded = torch.empty_like(param, dtype=dtype, requires_grad=False)
-    local = _local(value)
+    local = local_part(value)
     if dtype == torch.int16 and local.dtype != torch.int16:
         local = encode(local.float())
     elif dtype == torch.float32 and local.dtype == torch.int16:
         local = decode(local)
-    _local(loaded).copy_(local)
+    local_part(loaded).copy_(local)
     return loaded
 
 
@@ -391,11 +392,6 @@ def _moment_dtype(param: Tensor) -> torch.dtype:
     return torch.float32 if param.dtype == torch.float32 else torch.int16
 
 
-def _local(tensor: Tensor) -> Tensor:
-    """This process's shard of a DTensor, whose class is not imported for it; any other tensor as it is."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def _same_layout(a: Tensor, b: Tensor) -> bool:
     """Whether elements of one index lie at one offset; the stride of a dimension of one element says nothing."""
     if a.stride() == b.stride():
@@ -405,15 +401,13 @@ def _same_layout(a: Tensor, b: Tensor) -> bool:
 
 def _sum_of_squares(params: Sequence[Tensor], grads: Sequence[Tensor], scales: Tensor, backend: str) -> Tensor:
     """Of all unscaled gradients, float64; those of DTensors are summed over the processes that hold their shards."""
-    shards: dict[tuple[Any, tuple[int, ...]], list[Tensor]] = {}
+    shards: dict[tuple, list[Tensor]] = defaultdict(list)
     for param, grad in zip(params, grads, strict=True):
-        mesh = getattr(param, "device_mesh", None)
-        dims = () if mesh is None else tuple(d for d, p in enumerate(param.placements) if not p.is_replicate())
-        shards.setdefault((mesh if dims else None, dims), []).append(grad)
+        shards[sharding_groups(param)].append(grad)
     total = torch.zeros((), dtype=torch.float64, device=scales.device)
-    for (mesh, dims), group in shards.items():
-        part = unscale_(group, scales, write=False, backend=backend).sum_of_squares
-        for dim in dims:
-            torch.distributed.all_reduce(part, group=mesh.get_group(dim))
+    for groups, shard in shards.items():
+        part = unscale_(shard, scales, write=False, backend=backend).sum_of_squares
+        for group in groups:
+            torch.distributed.all_reduce(part, group=group)
         total += part
     return total
