@@ -5,8 +5,8 @@
 //   r = (sqrt(1 - b2) factor) g                  v = min(fma(r, r, b2 v), variance_clip)
 //   p = fma(p, 1 - lr weight_decay, -m / fma(sqrt(v), 1 / (size sqrt(1 - b2^t)), eps / size))
 //
-// with size = lr / (1 - b1^t), and 0 and infinity in place of the last two coefficients where it is below 1e-30: nothing
-// moves by steps of whose inverse float32 may know nothing.
+// with size = lr / (1 - b1^t), and 0 and infinity in place of the last two coefficients where it is below 1e-30, since
+// float32 may not hold its inverse: nothing moves.
 //
 // Coefficients are computed in float64 and rounded to float32, in which all else is computed, each operation rounded as
 // IEEE 754 has it and none fused that is not written as fma. A NaN is stored as one and the same word, whatever its

@@ -1,8 +1,8 @@
-// Philox-4x32, the counter-based generator of every random number that a kernel draws: four words of 32 bits and a seed of
-// 64 give four words. dalle_fast/reference/philox.py is the same in PyTorch.
+// Philox-4x32, the counter-based generator of every random number that a kernel draws: four words of 32 bits and a seed
+// of 64 give four words. dalle_fast/reference/philox.py is the same in PyTorch.
 //
-// Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011: seven rounds are the fewest that pass all of
-// TestU01, ten leave a margin.
+// Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011: seven rounds are the fewest that pass all
+// of TestU01, ten leave a margin.
 #pragma once
 
 #include <cstdint>

@@ -8,27 +8,13 @@
 #include "../common/adamw16.h"
 #include "../common/philox.h"
 #include "attention_tiles.h"
+#include "storage_lanes.h"
 
 namespace dalle_fast {
 
 inline constexpr int64_t kUpdateBlock = 512;  // elements that go through one loop before they go through the next
 inline constexpr int64_t kWordsOfLine = 32;  // of the cache
 inline constexpr int64_t kNoiseSharing = 8;  // neighbours that share a counter of the generator
-
-template <int kCount>
-struct AdamWords;
-
-#define DALLE_FAST_ADAM_WORDS(count)                                                          \
-  template <>                                                                                 \
-  struct AdamWords<count> {                                                                   \
-    typedef uint16_t InMemory __attribute__((vector_size(2 * count), aligned(2), may_alias)); \
-    typedef uint16_t Register __attribute__((vector_size(2 * count)));                        \
-    typedef int16_t Signed __attribute__((vector_size(2 * count)));                           \
-  };
-DALLE_FAST_ADAM_WORDS(4)
-DALLE_FAST_ADAM_WORDS(8)
-DALLE_FAST_ADAM_WORDS(16)
-#undef DALLE_FAST_ADAM_WORDS
 
 // What common/adamw16.h computes with, of a level's vectors.
 template <CpuLevel kLevel>
@@ -37,8 +23,8 @@ struct AdamLanes {
   using Float = typename I::Float;
   using Int = typename I::Int;
   using Unsigned = typename I::Unsigned;
-  using Words = typename AdamWords<I::kLanes>::InMemory;
-  using Register = typename AdamWords<I::kLanes>::Register;
+  using Words = typename Lanes<kLevel>::ShortInMemory;
+  using Register = typename Lanes<kLevel>::Short;
 #if defined(__x86_64__) && !defined(__clang__)
   static constexpr bool kHasAssembly = kLevel != CpuLevel::kScalar;
 #else
@@ -139,8 +125,9 @@ struct AdamLanes {
     }
 #endif
     if constexpr (kSigned) {
-      typedef typename AdamWords<I::kLanes>::Signed Signed;
-      return reinterpret_cast<Unsigned>(__builtin_convertvector(reinterpret_cast<Signed>(words), Int));
+      typedef int16_t Signed __attribute__((vector_size(sizeof(Register))));
+      const Signed signed_words = reinterpret_cast<Signed>(static_cast<Register>(words));
+      return reinterpret_cast<Unsigned>(__builtin_convertvector(signed_words, Int));
     } else {
       return __builtin_convertvector(words, Unsigned);
     }
@@ -160,26 +147,15 @@ struct AdamLanes {
 
   template <class Format>
   static DALLE_FAST_INLINE Float load(const uint16_t* from) {
-#if defined(__x86_64__) && !defined(__clang__)
-    if constexpr (kLevel == CpuLevel::kAvx512 && std::is_same_v<Format, HalfWords>) {
-      Float wide;
-      asm("vcvtph2ps %1, %0" : "=v"(wide) : "m"(*reinterpret_cast<const Words*>(from)));
-      return wide;
-    }
-#endif
+    if constexpr (std::is_same_v<Format, HalfWords>) return Lanes<kLevel>::load(reinterpret_cast<const Half*>(from));
     return Format::template widen<AdamLanes>(load_words<false>(from));
   }
 
   template <class Format>
   static DALLE_FAST_INLINE void store_nearest(uint16_t* to, Float x) {
-#if defined(__x86_64__) && !defined(__clang__)
-    if constexpr (kLevel == CpuLevel::kAvx512 && std::is_same_v<Format, HalfWords>) {
-      Register narrow;
-      asm("vcvtps2ph $0, %1, %0" : "=v"(narrow) : "v"(Adam<AdamLanes>::one_nan(x)));
-      *reinterpret_cast<Words*>(to) = narrow;
-      return;
+    if constexpr (std::is_same_v<Format, HalfWords>) {
+      return Lanes<kLevel>::store(reinterpret_cast<Half*>(to), Adam<AdamLanes>::one_nan(x));
     }
-#endif
     store_words(to, Format::template nearest<AdamLanes>(x));
   }
 
