@@ -1,4 +1,4 @@
-"""Every test starts from the same random state; what the tests of training runs start from."""
+"""Every test starts from the same random state; CPU levels; what the tests of training runs start from."""
 
 import dataclasses
 import os
@@ -24,6 +24,21 @@ def pytest_runtest_logfinish(nodeid, location):
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["scalar", "avx2", "avx512"])
+def level(request):
+    """Runs the test at each CPU level that this machine has."""
+    from dalle_fast.ops import backends
+
+    extension = backends.load_extension()
+    before = extension.build_info()["cpu_level"]
+    try:
+        extension.set_cpu_level(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    extension.set_cpu_level(before)
 
 
 @pytest.fixture(scope="session")

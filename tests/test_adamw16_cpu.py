@@ -14,7 +14,6 @@ from helpers import assert_within_budget, needs_extension
 from torch import Tensor
 
 from dalle_fast import reference
-from dalle_fast.ops import backends
 from dalle_fast.ops.adamw16 import UpdatedTensors, UpdateRule, adamw16_
 from dalle_fast.ops.tensor_table import CHUNK, DTYPE_CODES
 
@@ -25,19 +24,6 @@ HALVES = (torch.float16, torch.bfloat16)
 RULES = (UpdateRule(1e-3, 0.9, 0.96, 1e-8, 0.045, 5.0), UpdateRule(0.03, 0.8, 0.99, 1e-6, 0.1, 1e-4))
 each_half = pytest.mark.parametrize("dtype", HALVES, ids=str)
 each_rounding = pytest.mark.parametrize("seed", [None, 3], ids=["nearest", "stochastic"])
-
-
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
-def level(request):
-    """Runs the test at each CPU level that this machine has."""
-    extension = backends.load_extension()
-    before = extension.build_info()["cpu_level"]
-    try:
-        extension.set_cpu_level(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    extension.set_cpu_level(before)
 
 
 def compressed(mean: Tensor, variance: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dalle_fast import reference
-from dalle_fast.ops import backends, cross_entropy_registration
+from dalle_fast.ops import cross_entropy_registration
 from dalle_fast.ops.cross_entropy import linear_cross_entropy
 
 pytestmark = needs_extension
@@ -21,19 +21,6 @@ pytestmark = needs_extension
 OPS = torch.ops.dalle_fast
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 each_reduction = pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
-
-
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
-def level(request):
-    """Runs the test at each CPU level that this machine has."""
-    extension = backends.load_extension()
-    before = extension.build_info()["cpu_level"]
-    try:
-        extension.set_cpu_level(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    extension.set_cpu_level(before)
 
 
 @pytest.fixture

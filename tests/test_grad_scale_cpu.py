@@ -27,19 +27,6 @@ SCALES = [1.0, 2.0**13, 2.0**-3, 3.7, 5432.1]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
-def level(request):
-    """Runs the test at each CPU level that this machine has."""
-    extension = backends.load_extension()
-    before = extension.build_info()["cpu_level"]
-    try:
-        extension.set_cpu_level(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    extension.set_cpu_level(before)
-
-
 def spread(length: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Over and beyond the range of float16, both signs, zeros of both signs among them."""
     values = torch.randn(length) * torch.exp2(torch.empty(length).uniform_(-28, 15))  # some end as infinite float16

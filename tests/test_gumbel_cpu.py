@@ -11,7 +11,6 @@ from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 
 from dalle_fast import reference
-from dalle_fast.ops import backends
 from dalle_fast.ops.gumbel import gumbel_quantize, gumbel_softmax
 
 pytestmark = needs_extension
@@ -20,19 +19,6 @@ OPS = torch.ops.dalle_fast
 HALF = torch.tensor(0.5, dtype=torch.float64)  # a temperature, as the ops take it
 SEED = torch.tensor(3)
 each_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-
-
-@pytest.fixture(params=["scalar", "avx2", "avx512"])
-def level(request):
-    """Runs the test at each CPU level that this machine has."""
-    extension = backends.load_extension()
-    before = extension.build_info()["cpu_level"]
-    try:
-        extension.set_cpu_level(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    yield request.param
-    extension.set_cpu_level(before)
 
 
 def differences(logits: Tensor, seed: int) -> Tensor:
