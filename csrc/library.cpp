@@ -14,6 +14,21 @@ STABLE_TORCH_LIBRARY(dalle_fast, m) {
       "attention_backward_cpu(Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse, Tensor grad_out, "
       "Tensor? grad_lse, Tensor? text_lens, int[] pattern, float scale, Tensor(a!) grad_query, Tensor(b!) grad_key, "
       "Tensor(c!) grad_value) -> ()");
+  // `pattern` is Pattern.code; the storage is that of dalle_fast/reference/kv_cache.py.
+  m.def(
+      "attention_with_kvcache_cpu(Tensor query, Tensor key, Tensor value, Tensor text_key, Tensor text_value, "
+      "Tensor(a!) image_key, Tensor(b!) image_value, Tensor(c!) held, Tensor text_lens, int[] pattern, float scale, "
+      "Tensor(d!) out) -> ()");
+  // `activation`: 0 none, 1 fast_gelu, 2 gelu, 3 gelu_tanh.
+  m.def(
+      "decode_linear_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor? gain, Tensor? shift, float eps, int activation, "
+      "Tensor? residual, Tensor(a!) out) -> ()");
+  m.def(
+      "embed_token_cpu(Tensor tokens, Tensor position, Tensor embedding, Tensor start, Tensor place, Tensor(a!) out) "
+      "-> ()");
+  m.def(
+      "draw_token_cpu(Tensor logits, Tensor seeds, Tensor position, Tensor? keep, float temperature, int top_k, "
+      "float top_p, float? cond_scale, Tensor(a!) tokens, Tensor(b!) scores) -> ()");
   m.def(
       "gumbel_forward_cpu(Tensor logits, Tensor? codebook, Tensor seed, float tau, Tensor(a!) stats, "
       "Tensor(b!) indices, Tensor(c!) kl, Tensor(d!)? relaxed) -> ()");

@@ -100,6 +100,11 @@ class Pattern:
         return 4 * head_dim * self.nnz() * batch * heads
 
     @property
+    def reach(self) -> int:
+        """How many positions before an image query the farthest image key lies that any of them sees."""
+        return _farthest(self)
+
+    @property
     def code(self) -> tuple[int, int, int, int, int, int]:
         """What compiled code gets: (rule, text_len, height, width, kernel_size, dilation), the last two 0 without use.
 
@@ -117,10 +122,21 @@ class Pattern:
 @lru_cache(maxsize=256)
 def _image_pairs(pattern: Pattern) -> int:
     """Visible image-image pairs: each (dr, dc) within reach occurs (height - dr) * (width - |dc|) times."""
+    dr, dc, seen = _offsets(pattern)
+    return int((seen * (pattern.height - dr) * (pattern.width - dc.abs())).sum())
+
+
+@lru_cache(maxsize=256)
+def _farthest(pattern: Pattern) -> int:
+    dr, dc, seen = _offsets(pattern)
+    return int(((dr * pattern.width + dc) * seen).max())
+
+
+def _offsets(pattern: Pattern) -> tuple[Tensor, Tensor, Tensor]:
+    """Every (dr, dc) from an image query back to an image key, and which of them the pattern shows it."""
     dr = torch.arange(pattern.height)[:, None]
     dc = torch.arange(1 - pattern.width, pattern.width)[None, :]
-    seen = pattern._reach(dr, dc) & ((dr > 0) | (dc >= 0))
-    return int((seen * (pattern.height - dr) * (pattern.width - dc.abs())).sum())
+    return dr, dc, pattern._reach(dr, dc) & ((dr > 0) | (dc >= 0))
 
 
 @dataclass(frozen=True)

@@ -4,13 +4,13 @@ import re
 
 import pytest
 import torch
-from helpers import every_pattern, pattern_id
+from helpers import every_pattern, needs_extension, pattern_id
 from torch import Tensor
 
 from dalle_fast import reference
 from dalle_fast.ops.attention import attention
 from dalle_fast.ops.kv_cache import KVCache, attention_with_kvcache
-from dalle_fast.patterns import Pattern, Row
+from dalle_fast.patterns import Column, Conv, Full, Pattern, Row
 
 TEXT_LEN, GRID, HEADS, HEAD_DIM = 4, (3, 4), 2, 8
 SEQ_LEN = 16
@@ -33,13 +33,25 @@ def decode(cache: KVCache, query: Tensor, key: Tensor, value: Tensor, **options)
     return torch.cat(steps, dim=2)
 
 
-@pytest.mark.parametrize("backend", ["auto", "reference"])
+each_backend = pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        ("auto", torch.float64),
+        ("reference", torch.float64),
+        ("auto", torch.float32),
+        pytest.param("cpp", torch.float32, marks=needs_extension),
+    ],
+    ids=str,
+)
+
+
+@each_backend
 @pytest.mark.parametrize("prefix", [TEXT_LEN, TEXT_LEN + 1, TEXT_LEN + 6, SEQ_LEN - 1])
 @pytest.mark.parametrize("pattern", every_pattern(TEXT_LEN, GRID), ids=pattern_id)
-def test_cached_equals_uncached(pattern, prefix, backend):
-    query, key, value = make_inputs(2)
+def test_cached_equals_uncached(pattern, prefix, backend, dtype):
+    query, key, value = make_inputs(2, dtype=dtype)
     for text_lens in (None, torch.tensor([0, 3])):
-        cache = make_cache(pattern)
+        cache = make_cache(pattern, dtype=dtype)
         cache.prefill(key[:, :, :prefix], value[:, :, :prefix], text_lens)
         out = decode(cache, query, key, value, backend=backend)
         expected = attention(query, key, value, pattern, text_lens=text_lens)[:, :, prefix:]
@@ -47,23 +59,25 @@ def test_cached_equals_uncached(pattern, prefix, backend):
         assert cache.position == SEQ_LEN
 
 
+@each_backend
 @pytest.mark.parametrize("pattern", every_pattern(0, GRID), ids=pattern_id)
-def test_without_text(pattern):
-    query, key, value = make_inputs(2, pattern.seq_len)
-    out = decode(make_cache(pattern), query, key, value)
+def test_without_text(pattern, backend, dtype):
+    query, key, value = make_inputs(2, pattern.seq_len, dtype)
+    out = decode(make_cache(pattern, dtype=dtype), query, key, value, backend=backend)
     torch.testing.assert_close(out, attention(query, key, value, pattern))
 
 
+@each_backend
 @pytest.mark.parametrize("prefix", [TEXT_LEN, TEXT_LEN + 3])
-def test_shared_prompts(prefix):
+def test_shared_prompts(prefix, backend, dtype):
     pattern, samples = Row(TEXT_LEN, GRID), 3
-    query, key, value = make_inputs(2 * samples)
+    query, key, value = make_inputs(2 * samples, dtype=dtype)
     for tensor in (key, value):
         tensor[:, :, :prefix] = tensor[::samples, :, :prefix].repeat_interleave(samples, dim=0)
     text_lens = torch.tensor([1, 4])
-    cache = make_cache(pattern, batch=2 * samples, num_prompts=2)
+    cache = make_cache(pattern, batch=2 * samples, num_prompts=2, dtype=dtype)
     cache.prefill(key[::samples, :, :prefix], value[::samples, :, :prefix], text_lens)
-    out = decode(cache, query, key, value)
+    out = decode(cache, query, key, value, backend=backend)
     lens = text_lens.repeat_interleave(samples)
     torch.testing.assert_close(out, attention(query, key, value, pattern, text_lens=lens)[:, :, prefix:])
 
@@ -82,12 +96,13 @@ def test_16_and_32_bit(dtype):
     assert (out - truth).abs().max() <= 2 * ((whole - truth).abs().max() + eps * truth.abs().max())
 
 
-def test_scale():
+@each_backend
+def test_scale(backend, dtype):
     pattern = Row(TEXT_LEN, GRID)
-    query, key, value = make_inputs(2)
-    cache = make_cache(pattern)
+    query, key, value = make_inputs(2, dtype=dtype)
+    cache = make_cache(pattern, dtype=dtype)
     cache.prefill(key[:, :, :TEXT_LEN], value[:, :, :TEXT_LEN])
-    out = decode(cache, query, key, value, scale=0.2)
+    out = decode(cache, query, key, value, scale=0.2, backend=backend)
     torch.testing.assert_close(out, attention(query, key, value, pattern, scale=0.2)[:, :, TEXT_LEN:])
 
 
@@ -107,7 +122,31 @@ def test_reset():
 @pytest.mark.parametrize(("num_prompts", "texts"), [(None, 6), (6, 6), (2, 2), (1, 1)])
 def test_nbytes(num_prompts, texts):
     cache = make_cache(Row(TEXT_LEN, GRID), batch=6, dtype=torch.bfloat16, num_prompts=num_prompts)
-    assert cache.nbytes == 2 * HEADS * HEAD_DIM * 2 * (texts * TEXT_LEN + 6 * 12)
+    assert cache.nbytes == 2 * HEADS * HEAD_DIM * 2 * (texts * TEXT_LEN + 6 * 5)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "slots"),
+    [
+        (Full(256, 32), 1024),
+        (Row(256, 32), 33),
+        (Row(256, 32, variant="same_row"), 32),
+        (Row(256, (1, 32)), 32),
+        (Column(256, 32), 1024),
+        (Conv(256, 32), 192),
+        (Conv(256, 32, variant="clip"), 166),
+        (Conv(256, 32, variant="torus"), 1024),
+        (Conv(256, 32, variant="corner"), 331),
+        (Conv(256, 32, kernel_size=63, variant="clip"), 1024),
+    ],
+    ids=lambda value: pattern_id(value) if isinstance(value, Pattern) else str(value),
+)
+def test_nbytes_of_the_papers_grid(pattern, slots):
+    sizes = (pattern, 3, HEADS, HEAD_DIM)
+    cache = KVCache(*sizes, num_prompts=1, dtype=torch.float16, device="cpu")
+    assert cache.slots == slots
+    assert cache.nbytes == 2 * HEADS * HEAD_DIM * 2 * (256 + 3 * slots)
+    assert cache.nbytes == KVCache.nbytes_of(*sizes, 1, torch.float16)
 
 
 def test_callers_tensors_are_copied():
@@ -298,10 +337,16 @@ def test_more_tokens_than_the_cache_holds():
         ),
         ((STEP,) * 3, {"scale": float("nan")}, ValueError, "scale must be finite, got nan"),
         (
+            (STEP, STEP, STEP.new_zeros(2, HEADS, 1, 2 * HEAD_DIM)[..., ::2]),
+            {},
+            ValueError,
+            "value must have a contiguous last dimension, got strides (32, 16, 16, 2)",
+        ),
+        (
             (STEP,) * 3,
             {"backend": "triton"},
             RuntimeError,
-            'backend "triton" of attention_with_kvcache is not part of this version; use backend="auto"',
+            'backend="triton" is not available: ',
         ),
     ],
 )
@@ -310,6 +355,19 @@ def test_step_errors(tensors, options, error, message):
     cache.prefill(PROMPT, PROMPT)
     with pytest.raises(error, match=re.escape(message)):
         attention_with_kvcache(*tensors, cache, **options)
+    assert cache.position == TEXT_LEN
+
+
+@needs_extension
+def test_dtypes_of_the_kernels():
+    cache = make_cache(Row(TEXT_LEN, GRID))
+    cache.prefill(*(PROMPT.double(),) * 2)
+    message = (
+        'backend "cpp" of attention_with_kvcache takes float32, float16 and bfloat16, got torch.float64; '
+        'use backend="reference"'
+    )
+    with pytest.raises(TypeError, match=re.escape(message)):
+        attention_with_kvcache(*(STEP.double(),) * 3, cache, backend="cpp")
     assert cache.position == TEXT_LEN
 
 

@@ -4,6 +4,7 @@
 #include <sstream>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "torch_stable.h"
 
@@ -39,6 +40,17 @@ inline void check_length(const torch::stable::Tensor& tensor, const char* name, 
   if (tensor.numel() == length) return;
   throw std::runtime_error(std::string(name) + " must have " + std::to_string(length) + " elements, got " +
                            std::to_string(tensor.numel()));
+}
+
+inline void check_shape(const torch::stable::Tensor& tensor, const char* name,
+                        const std::vector<int64_t>& shape) {
+  bool is_right = tensor.dim() == static_cast<int64_t>(shape.size());
+  for (size_t d = 0; is_right && d < shape.size(); ++d) {
+    is_right = tensor.size(static_cast<int64_t>(d)) == shape[d];
+  }
+  if (is_right) return;
+  throw std::runtime_error(std::string(name) + " must have shape " + tuple_text(shape) + ", got " +
+                           tuple_text(tensor.sizes()));
 }
 
 // The data of a contiguous tensor of this many elements.

@@ -27,23 +27,6 @@ bool is_wrapped_tap(int64_t offset, int64_t half, int64_t step, int64_t side) {
   return false;
 }
 
-// An offset (rows, columns) from a query back to a key that it sees.
-struct Tap {
-  int32_t dr;
-  int32_t dc;
-};
-
-// Those within the first `rows` rows of the image.
-std::vector<Tap> taps_of(const AttentionPattern& pattern, int64_t rows) {
-  std::vector<Tap> taps;
-  for (int64_t dr = 0; dr < rows; ++dr) {
-    for (int64_t dc = dr == 0 ? 0 : 1 - pattern.width; dc < pattern.width; ++dc) {
-      if (pattern.reaches(dr, dc)) taps.push_back({static_cast<int32_t>(dr), static_cast<int32_t>(dc)});
-    }
-  }
-  return taps;
-}
-
 // The part of the image that a prefix of the sequence reaches.
 struct Image {
   int64_t rows, width, length;
@@ -239,6 +222,16 @@ bool AttentionPattern::reaches(int64_t dr, int64_t dc) const {
       return is_tap(dr, 0, kernel_size - 1, dilation) && is_tap(dc, 0, kernel_size - 1, dilation);
   }
   return false;
+}
+
+std::vector<Tap> taps_of(const AttentionPattern& pattern, int64_t rows) {
+  std::vector<Tap> taps;
+  for (int64_t dr = 0; dr < rows; ++dr) {
+    for (int64_t dc = dr == 0 ? 0 : 1 - pattern.width; dc < pattern.width; ++dc) {
+      if (pattern.reaches(dr, dc)) taps.push_back({static_cast<int32_t>(dr), static_cast<int32_t>(dc)});
+    }
+  }
+  return taps;
 }
 
 std::shared_ptr<const AttentionPlan> attention_plan(const AttentionPattern& pattern, int64_t length) {

@@ -32,6 +32,15 @@ struct AttentionPattern {
   bool operator==(const AttentionPattern&) const = default;
 };
 
+// An offset (rows, columns) from an image query back to a key that it sees.
+struct Tap {
+  int32_t dr;
+  int32_t dc;
+};
+
+// Those within the first `rows` rows of the image, nearest row first.
+std::vector<Tap> taps_of(const AttentionPattern& pattern, int64_t rows);
+
 struct AttentionTile {
   int32_t queries[kTileQueries];  // sequence positions, ascending where they are text
   int32_t num_queries;

@@ -59,6 +59,29 @@ struct PhiloxLanes {
     return (a & 0xffffffffu) * b;
   }
 
+  // The low halves of even and of odd lanes, side by side.
+  static DALLE_FAST_INLINE Int join(Wide even, Wide odd) {
+    return reinterpret_cast<Int>((even & 0xffffffffu) | (odd << 32));
+  }
+
+  // The rounds from number kFirst on.
+  template <int kFirst>
+  static DALLE_FAST_INLINE void last_rounds(Wide c0, Wide c1, Wide c2, Wide c3, const PhiloxKeys& keys, Wide (&to)[4]) {
+#pragma GCC unroll 9
+    for (int round = kFirst; round < PhiloxKeys::kRounds; ++round) {
+      const Wide left_product = multiply(c0, Wide{} + kPhiloxLeft);
+      const Wide right_product = multiply(c2, Wide{} + kPhiloxRight);
+      c0 = (right_product >> 32) ^ c1 ^ (Wide{} + keys.low[round]);
+      c2 = (left_product >> 32) ^ c3 ^ (Wide{} + keys.high[round]);
+      c1 = right_product;
+      c3 = left_product;
+    }
+    to[0] = c0;
+    to[1] = c1;
+    to[2] = c2;
+    to[3] = c3;
+  }
+
   // The four words of counter (row, group): to[w][v] is a vector of 32-bit numbers.
   static DALLE_FAST_INLINE void words(const PhiloxRows& rows, uint32_t group, const PhiloxKeys& keys,
                                       Int (&to)[4][kVectors]) {
@@ -76,26 +99,33 @@ struct PhiloxLanes {
         const auto load = [&](const uint64_t(&from)[2][kTileQueries / 2]) __attribute__((always_inline)) {
           return reinterpret_cast<Wide>(I::load(reinterpret_cast<const float*>(from[odd] + v * I::kLanes / 2)));
         };
-        Wide c0 = load(rows.c0) ^ (Wide{} + second), c1 = load(rows.c1), c2 = load(rows.c2) ^ (Wide{} + third);
-        Wide c3 = Wide{} + left;
-#pragma GCC unroll 8
-        for (int round = 2; round < PhiloxKeys::kRounds; ++round) {
-          const Wide left_product = multiply(c0, Wide{} + kPhiloxLeft);
-          const Wide right_product = multiply(c2, Wide{} + kPhiloxRight);
-          c0 = (right_product >> 32) ^ c1 ^ (Wide{} + keys.low[round]);
-          c2 = (left_product >> 32) ^ c3 ^ (Wide{} + keys.high[round]);
-          c1 = right_product;
-          c3 = left_product;
-        }
-        half[odd][0] = c0;
-        half[odd][1] = c1;
-        half[odd][2] = c2;
-        half[odd][3] = c3;
+        const Wide c0 = load(rows.c0) ^ (Wide{} + second), c1 = load(rows.c1), c2 = load(rows.c2) ^ (Wide{} + third);
+        const Wide c3 = Wide{} + left;
+        last_rounds<2>(c0, c1, c2, c3, keys, half[odd]);
       }
 #pragma GCC unroll 4
-      for (int w = 0; w < 4; ++w) {
-        to[w][v] = reinterpret_cast<Int>((half[0][w] & 0xffffffffu) | (half[1][w] << 32));
+      for (int w = 0; w < 4; ++w) to[w][v] = join(half[0][w], half[1][w]);
+    }
+  }
+
+  // Of one row, the four words of the counters with 16 groups from `group` on: lane i of a vector is group + i.
+  static DALLE_FAST_INLINE void words_of_row(uint64_t row, uint32_t group, const PhiloxKeys& keys,
+                                             Int (&to)[4][kVectors]) {
+    const uint64_t left = (row & 0xffffffffu) * kPhiloxLeft;
+    const uint64_t first = (row >> 32) ^ keys.low[0], third = (left >> 32) ^ keys.high[0];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      Wide half[2][4] = {};
+#pragma GCC unroll 2
+      for (int odd = 0; odd < 2; ++odd) {
+        Wide groups;
+#pragma GCC unroll 8
+        for (int i = 0; i < I::kLanes / 2; ++i) groups[i] = static_cast<uint64_t>(v * I::kLanes + 2 * i + odd);
+        const Wide right = multiply(groups + group, Wide{} + kPhiloxRight);
+        last_rounds<1>((right >> 32) ^ (Wide{} + first), right, Wide{} + third, Wide{} + left, keys, half[odd]);
       }
+#pragma GCC unroll 4
+      for (int w = 0; w < 4; ++w) to[w][v] = join(half[0][w], half[1][w]);
     }
   }
 
