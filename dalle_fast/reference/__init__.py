@@ -7,6 +7,8 @@ here.
 
 from dalle_fast.reference.attention import attention, attention_qkvpacked
 from dalle_fast.reference.cross_entropy import linear_cross_entropy
+from dalle_fast.reference.decode_linear import decode_linear
+from dalle_fast.reference.draw_token import draw_token, filter_logits
 from dalle_fast.reference.formats import decode_0610, decode_169, encode_0610, encode_169
 from dalle_fast.reference.grad_scale import filter_nonfinite, scaled_resblock, unscale_, update_grad_scale
 from dalle_fast.reference.gumbel import GumbelOutput, gumbel_noise, gumbel_quantize, gumbel_softmax
@@ -23,8 +25,11 @@ __all__ = [
     "attention_with_kvcache",
     "decode_0610",
     "decode_169",
+    "decode_linear",
+    "draw_token",
     "encode_0610",
     "encode_169",
+    "filter_logits",
     "filter_nonfinite",
     "gumbel_noise",
     "gumbel_quantize",

@@ -69,17 +69,26 @@ def gumbel_noise(
         Noise between -2.82 and 16.64, of mean 0.5772 and variance pi^2 / 6.
     """
     *leading, codes = shape
-    rows = math.prod(leading)
-    blocks = -(-codes // _BLOCK_CODES)
-    row = torch.arange(rows, device=device)[:, None]
-    group = torch.arange(blocks * _BLOCK_COUNTERS, device=device)
+    row = torch.arange(math.prod(leading), device=device)
     if isinstance(seed, Tensor) and seed.device.type != "cpu":  # a number on the CPU goes with any device
         seed = seed.to(row.device)
+    return noise_of_rows(seed, row, codes, dtype=dtype).reshape(*leading, codes)
+
+
+def noise_of_rows(seed: int | Tensor, row: Tensor, codes: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The rows of :func:`gumbel_noise` with these numbers: (N,) int64 to (N, codes).
+
+    Args:
+        seed: one for all, or (N, 1) int64, one each.
+    """
+    blocks = -(-codes // _BLOCK_CODES)
+    row = row[:, None]
+    group = torch.arange(blocks * _BLOCK_COUNTERS, device=row.device)
     words = philox((row & _MASK32, row >> 32, group, 0), (seed & _MASK32, seed >> 32))
     r = torch.stack(words, dim=1).unflatten(-1, (blocks, _BLOCK_COUNTERS))  # [rows, 4, blocks, 32]
-    r = r.transpose(1, 2).reshape(rows, blocks * _BLOCK_CODES)[:, :codes]
+    r = r.transpose(1, 2).reshape(len(row), blocks * _BLOCK_CODES)[:, :codes]
     u = ((r >> 9).to(dtype) + 0.5) * 2.0**-23
-    return -torch.log(-torch.log(u)).reshape(*leading, codes)
+    return -torch.log(-torch.log(u))
 
 
 def draw_seed() -> Tensor:

@@ -1,0 +1,174 @@
+"""Drawing the tokens of one step: guidance, temperature, filters and a seeded draw in one op.
+
+What it computes is defined by ``dalle_fast.reference.draw_token``; this module writes it where it belongs, without
+waiting for the device, and picks the implementation.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from dalle_fast import reference
+from dalle_fast.ops import backends
+from dalle_fast.ops.checks import check_backend
+from dalle_fast.ops.registration import define_op
+
+_TRITON_CODES = 16384  # a program of the kernel has all of them in registers
+
+if backends.extension is not None:
+    torch.library.register_fake("dalle_fast::draw_token_cpu", lambda *args: None)
+
+
+def check_sampling(
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    cond_scale: float | None = None,
+    *,
+    codes: int | None = None,
+) -> None:
+    """Raise ValueError for settings that mean nothing.
+
+    That is: temperature < 0 or infinite, top_k < 1 or above the number of codes, top_p outside (0, 1], cond_scale
+    infinite.
+    """
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be finite and >= 0, got {temperature}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k must be >= 1, got {top_k}")
+    if top_k is not None and codes is not None and top_k > codes:
+        raise ValueError(f"top_k must be at most the {codes} codes of the vocabulary, got {top_k}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    if cond_scale is not None and not math.isfinite(cond_scale):
+        raise ValueError(f"cond_scale must be finite, got {cond_scale}")
+
+
+def draw_token(
+    logits: Tensor,
+    seeds: Tensor,
+    position: Tensor,
+    tokens: Tensor,
+    scores: Tensor,
+    *,
+    keep: Tensor | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    cond_scale: float | None = None,
+    backend: str = "auto",
+) -> None:
+    """Draw token ``position`` of every sample into ``tokens`` and add its log-likelihood to ``scores``.
+
+    Args:
+        logits: (B, K), or with ``cond_scale`` (2 B, K): those of all samples given the caption, then those without.
+            Contiguous.
+        seeds: (B,) int64, >= 0, contiguous.
+        position: raster index, int64 of no dimensions on the device, in 0..L - 1.
+        tokens: (B, L) int64, contiguous; column ``position`` is written.
+        scores: (B,) in float32, or in logits' dtype if wider; contiguous.
+        keep: (B, L) bool, contiguous; True where ``tokens`` holds a token already. It stays, and its
+            log-likelihood is added.
+        temperature, top_k, top_p, cond_scale: see :func:`dalle_fast.reference.draw_token`.
+        backend: "auto", "triton" (CUDA tensors, at most 16384 codes), "cpp" (CPU tensors) or "reference"; "triton"
+            and "cpp" take float32 logits.
+
+    Raises:
+        ValueError: a setting out of range; more codes than the backend takes.
+        RuntimeError: a backend that is not there.
+    """
+    check_backend("draw_token", backend, ("triton", "cpp"))
+    check_sampling(temperature, top_k, top_p, cond_scale, codes=logits.shape[1])
+    kernel = _choose_kernel(backend, logits)
+    if kernel is None:
+        _draw_in_pytorch(logits, seeds, position, tokens, scores, keep, temperature, top_k, top_p, cond_scale)
+        return
+    _OPS[kernel](
+        logits,
+        seeds,
+        position,
+        keep,
+        float(temperature),
+        logits.shape[1] if top_k is None else top_k,
+        1.0 if top_p is None else float(top_p),
+        cond_scale,
+        tokens,
+        scores,
+    )
+
+
+def _draw_in_pytorch(
+    logits: Tensor,
+    seeds: Tensor,
+    position: Tensor,
+    tokens: Tensor,
+    scores: Tensor,
+    keep: Tensor | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    cond_scale: float | None,
+) -> None:
+    drawn, likelihoods = reference.draw_token(
+        logits, seeds, position, temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale
+    )
+    column = position.reshape(1)
+    if keep is not None:
+        held = tokens.index_select(1, column).squeeze(1)
+        drawn = torch.where(keep.index_select(1, column).squeeze(1), held, drawn)
+        conditional = logits[: len(drawn)].to(likelihoods.dtype)
+        likelihoods = conditional.log_softmax(dim=-1).gather(-1, drawn[:, None]).squeeze(-1)
+    tokens.index_copy_(1, column, drawn[:, None])
+    scores += likelihoods
+
+
+def _choose_kernel(backend: str, logits: Tensor) -> str | None:
+    """The kernel that ``backend`` means for ``logits``, "triton" or "cpp"; None is plain PyTorch."""
+    if backend == "reference":
+        return None
+    device, is_taken = logits.device, logits.dtype == torch.float32
+    if backend == "auto":
+        if is_taken and device.type == "cpu" and backends.has_cpp_backend(device):
+            return "cpp"
+        is_taken = is_taken and logits.shape[1] <= _TRITON_CODES
+        return "triton" if is_taken and backends.has_triton_backend(device) else None
+    if not is_taken:
+        raise TypeError(f'backend "{backend}" of draw_token takes float32, got {logits.dtype}; use backend="reference"')
+    if backend == "triton":
+        backends.require_triton_backend(device)
+    else:
+        backends.require_cpp_backend(device)
+        if device.type != "cpu":
+            raise RuntimeError(f'backend "cpp" of draw_token runs on cpu tensors, got {device}; use backend="triton"')
+    return backend
+
+
+@define_op(
+    "draw_token_triton(Tensor logits, Tensor seeds, Tensor position, Tensor? keep, float temperature, int top_k, "
+    "float top_p, float? cond_scale, Tensor(a!) tokens, Tensor(b!) scores) -> ()"
+)
+def _triton_op(logits, seeds, position, keep, temperature, top_k, top_p, cond_scale, tokens, scores) -> None:
+    from dalle_fast.kernels.draw_token import draw_step
+
+    draw_step(
+        logits,
+        seeds,
+        position,
+        keep,
+        tokens,
+        scores,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        cond_scale=cond_scale,
+    )
+
+
+torch.library.register_fake(_triton_op, lambda *args: None)
+
+_OPS = {"triton": _triton_op}
+if backends.extension is not None:
+    _OPS["cpp"] = torch.ops.dalle_fast.draw_token_cpu.default
