@@ -91,7 +91,7 @@ TILES: TileTable = {
 
 
 @triton.jit
-def _attend(q, k, v, acc, m, total, seen, unit, MASKED: tl.constexpr, PRECISION: tl.constexpr):
+def attend(q, k, v, acc, m, total, seen, unit, MASKED: tl.constexpr, PRECISION: tl.constexpr):
     """One step of the online softmax; m is the running maximum of the scores in ``unit``."""
     NATURAL: tl.constexpr = q.dtype == tl.float32
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -127,7 +127,7 @@ def _attend_window(
             lanes[0][:, None], lanes[1][:, None], lanes[2][:, None],
             n_k[None, :], row_k[None, :], col_k[None, :], GEOMETRY,
         )  # fmt: skip
-        acc, m, total = _attend(q, k, v, acc, m, total, seen, unit, MASKED, PRECISION)
+        acc, m, total = attend(q, k, v, acc, m, total, seen, unit, MASKED, PRECISION)
     return acc, m, total
 
 
@@ -173,14 +173,14 @@ def _attention_fwd_kernel(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(key, offs_n, stride_ks, 1, None, HEAD_DIM, BLOCK_D, False)
         v = load_rows(value, offs_n, stride_vs, 1, None, HEAD_DIM, BLOCK_D, False)
-        acc, m, total = _attend(q, k, v, acc, m, total, None, unit, False, PRECISION)
+        acc, m, total = attend(q, k, v, acc, m, total, None, unit, False, PRECISION)
     for start_n in range(dense_stop, text_stop, BLOCK_W):
         offs_n = start_n + tl.arange(0, BLOCK_W)
         inside = offs_n < text_stop
         k = load_rows(key, offs_n, stride_ks, 1, inside, HEAD_DIM, BLOCK_D, True)
         v = load_rows(value, offs_n, stride_vs, 1, inside, HEAD_DIM, BLOCK_D, True)
         seen = (position[:, None] >= offs_n[None, :]) & inside[None, :]
-        acc, m, total = _attend(q, k, v, acc, m, total, seen, unit, True, PRECISION)
+        acc, m, total = attend(q, k, v, acc, m, total, seen, unit, True, PRECISION)
 
     num_image = length - GEOMETRY.text_len
     window, dense_begin, dense_end, steps = tile_window(tile, num_image, BLOCK_M, BLOCK_W, GEOMETRY, False)

@@ -71,7 +71,7 @@ def tile_geometry(pattern: tuple[int, ...], block: int, step: int) -> Geometry:
     """The tiles of ``block`` positions, and ``step`` of their windows at a time, that compute the fewest pairs."""
     cached = _geometries.get((pattern, block, step))
     if cached is None:
-        raster = _raster_geometry(pattern)
+        raster = raster_geometry(pattern)
         shapes = [] if pattern[0] == COLUMN.value else [raster]
         shapes += _patches(raster, block, step)
         cached = min(shapes, key=lambda shape: _pairs(shape, block, step))
@@ -80,7 +80,7 @@ def tile_geometry(pattern: tuple[int, ...], block: int, step: int) -> Geometry:
     return cached
 
 
-def _raster_geometry(pattern: tuple[int, ...]) -> Geometry:
+def raster_geometry(pattern: tuple[int, ...]) -> Geometry:
     rule, text_len, height, width, kernel_size, dilation = pattern
     image_len = height * width
     row_divisor, row_inverse = _residues(dilation, height)
@@ -592,6 +592,7 @@ _TYPE_NAMES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
+    torch.uint8: "u8",
     torch.int32: "i32",
     torch.int64: "i64",
 }

@@ -2,22 +2,27 @@
 
     python tests/roofline.py    tables in Markdown, of the newest version of Triton in sass.json
 
-Attention at the published size, B 8, H 62, D 64; Gumbel quantisation of 64 images, 65,536 positions with 8192 codes of
-128 values; both in bfloat16. Four parts of the device could each be what takes longest:
+Attention at the published size, B 8, H 62, D 64; a step of decoding of 512 samples of one prompt at that size; Gumbel
+quantisation of 64 images, 65,536 positions with 8192 codes of 128 values; all in bfloat16. Four parts of the device
+could each be what takes longest:
 
     issue    instructions of the loops, one a clock for each of the four schedulers of a multiprocessor
     tensor   multiplications of all pairs the tiles compute, masked ones too
     ex2      16 exponentials or logarithms a clock and multiprocessor
     memory   every input read once and every result written once
 
-The bound is the longest of them. Latency, the code outside the loops, traffic between L2 and the multiprocessors, and
-the last programs of a launch, which leave some multiprocessors idle, come on top.
+and for a step of decoding, where each program reads the text anew,
+
+    L2       what all programs read, between L2 and the multiprocessors
+
+The bound is the longest of them. Latency, the code outside the loops, traffic between L2 and the multiprocessors where
+it is not in the table, and the last programs of a launch, which leave some multiprocessors idle, come on top.
 """
 
 import sys
 
 import sass
-from dalle_fast.kernels import attention_backward, attention_forward
+from dalle_fast.kernels import attention_backward, attention_forward, kv_cache
 from dalle_fast.kernels.common import (
     COLUMN,
     ROW_RASTER,
@@ -38,6 +43,7 @@ ARCHITECTURE, BATCH, HEADS, HEAD_DIM, ITEMSIZE = 90, 8, 62, 64, 2
 # of them this project's.
 MACS_PER_SECOND = 790e12 / 2
 BYTES_PER_SECOND = 4.3e12
+L2_BYTES_PER_SECOND = 5.5e12
 CLOCK = 1.85e9
 
 PATTERNS = {"row": Row, "column": Column, "conv": Conv}
@@ -125,6 +131,70 @@ def table(record: dict[str, dict[str, sass.Figures]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+SAMPLES = 512  # of one prompt
+
+
+def least_step_seconds(name: str, figures: sass.Figures) -> dict[str, float]:
+    """Each part's time for a step of decoding, as a mean over the positions of an image."""
+    if len(figures.loops) != 3:
+        raise ValueError(f"attend_step of {name} has {len(figures.loops)} loops in its machine code, not 3")
+    pattern = SHIPPED_PATTERNS[name]
+    near, image_len, text_len = kv_cache.neighbours(pattern, 0), pattern[2] * pattern[3], pattern[1]
+    block, step, window_step = figures.tiles
+    blocks = sum(-(-kv_cache.num_earlier.fn(n, near) // window_step) for n in range(image_len)) / image_len
+    programs = SAMPLES // block * HEADS
+    steps = text_len // step, 0, block * blocks
+    chip = sass.CHIPS[ARCHITECTURE]
+    clocks = [sass.clocks(loop, figures, ARCHITECTURE) for loop in figures.loops]
+    issue, tensor, ex2 = (sum(n * clock[kind] for n, clock in zip(steps, clocks, strict=True)) for kind in range(3))
+    per_clock = programs / (chip.device.num_sms * CLOCK)
+    vector = HEADS * HEAD_DIM * ITEMSIZE
+    # Keys and values of the image; query, key and value of the position, its slot, and the result.
+    image = SAMPLES * vector * (2 * earlier_keys(name) + 6)
+    return {
+        "issue": issue * per_clock,
+        "tensor": tensor * chip.macs * programs / MACS_PER_SECOND,
+        "ex2": ex2 * per_clock,
+        "L2": (image + SAMPLES // block * 2 * text_len * vector) / L2_BYTES_PER_SECOND,
+        "memory": (image + 2 * text_len * vector) / BYTES_PER_SECOND,
+    }
+
+
+def earlier_keys(name: str) -> float:
+    """Image keys that a position sees before itself, as a mean over an image."""
+    kind, _, side = name.partition("-")
+    text_len = SHIPPED_PATTERNS[name][1]
+    pattern = PATTERNS[kind](text_len, int(side))
+    text = text_len * (text_len + 1) // 2 + text_len * pattern.image_len
+    return (pattern.nnz() - text) / pattern.image_len - 1
+
+
+def dense_step_seconds(name: str) -> float:
+    """Of reading a cache that holds every position of every sample, as a mean over the positions of an image."""
+    _, text_len, height, width, *_ = SHIPPED_PATTERNS[name]
+    keys = text_len + (height * width + 1) / 2
+    return SAMPLES * HEADS * HEAD_DIM * ITEMSIZE * 2 * keys / BYTES_PER_SECOND
+
+
+def step_table(record: dict[str, dict[str, sass.Figures]]) -> str:
+    """Steps of decoding that sass.json has at this size, as Markdown; microseconds."""
+    version = max(record, key=lambda version: [int(n) for n in version.split(".")])
+    parts = ["issue", "tensor", "ex2", "L2", "memory"]
+    rows = [["pattern", "image keys", *parts, "bound", "by", "dense cache"], ["---", *["--:"] * 7, "---", "--:"]]
+    for name in SHIPPED_PATTERNS:
+        kind, _, side = name.partition("-")
+        figures = record[version].get(f"attend_step-{name}-{HEAD_DIM}-bfloat16-sm_{ARCHITECTURE}")
+        if kind not in PATTERNS or figures is None:
+            continue
+        seconds = least_step_seconds(name, figures)
+        slowest = max(seconds, key=seconds.get)
+        numbers = [*(seconds[part] for part in parts), seconds[slowest]]
+        micro = [f"{number * 1e6:,.0f}" for number in numbers]
+        dense = f"{dense_step_seconds(name) * 1e6:,.0f}"
+        rows.append([f"{kind}, {side} x {side}", f"{earlier_keys(name):.1f}", *micro, slowest, dense])
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
 ROWS, CODES, WIDTH = 65536, 8192, 128
 GUMBEL_PASSES = {"fwd": 1, "dl": 2, "dcodebook": 1}  # over the logits or their gradient
 
@@ -164,5 +234,6 @@ def gumbel_table(record: dict[str, dict[str, sass.Figures]]) -> str:
 
 
 if __name__ == "__main__":
-    print(table(sass.read_record()), gumbel_table(sass.read_record()), sep="\n\n")
+    record = sass.read_record()
+    print(table(record), step_table(record), gumbel_table(record), sep="\n\n")
     sys.exit(0)

@@ -33,7 +33,15 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
-from dalle_fast.kernels import attention_backward, attention_forward, cross_entropy, gumbel, gumbel_backward
+from dalle_fast.kernels import (
+    attention_backward,
+    attention_forward,
+    cross_entropy,
+    draw_token,
+    gumbel,
+    gumbel_backward,
+    kv_cache,
+)
 from dalle_fast.kernels.common import Compilation, Device
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -74,7 +82,9 @@ class Job(NamedTuple):
 
     @property
     def kernel(self) -> str:
-        """ "fwd", "dq", "dkdv", "weights", "dl", "dcodebook", "cross_entropy_rows", or "sum", which adds up shares."""
+        """ "fwd", "dq", "dkdv", "weights", "dl", "dcodebook", "cross_entropy_rows", "attend_step", "draw_step", or
+        "sum", which adds up shares.
+        """
         return self.name.partition("-")[0].removeprefix("attention_").removeprefix("gumbel_")
 
     @property
@@ -116,34 +126,51 @@ GUMBEL_SELDOM = [
     "(fwd|dl|dcodebook)-first-128-(float16|bfloat16-ragged)",
 ]
 
+# The same of a step of decoding; without "attend_step-" and "draw_step-".
+ATTEND_ALWAYS_EVERYWHERE = ["(row|column|conv)-32-64-bfloat16", "row-32-64-bfloat16-single"]
+ATTEND_ALWAYS = ["row-32-(16|128|256)-bfloat16", "row-32-64-(float32|float16|bfloat16-wide)"]
+ATTEND_SELDOM_EVERYWHERE = ["row-32-[0-9]+-(bfloat16|float32)(-single)?"]
+ATTEND_SELDOM = ["[^-]+-[0-9]+-64-bfloat16"]
+DRAW_ALWAYS_EVERYWHERE = ["8192-all"]
+DRAW_ALWAYS = [".*"]
+
 
 @functools.cache
 def compilations(architecture: int) -> dict[str, Compilation]:
     """What the kernels' tables ship, by name."""
     device = CHIPS[architecture].device
-    modules = attention_forward, attention_backward, gumbel, gumbel_backward
+    modules = attention_forward, attention_backward, gumbel, gumbel_backward, kv_cache
     found = {found.name: found for module in modules for found in module.shipped_configs(device=device)}
-    return found | {found.name: found for found in cross_entropy.shipped_configs()}
+    return found | {found.name: found for module in (cross_entropy, draw_token) for found in module.shipped_configs()}
 
 
 def shipped() -> list[Job]:
     """What is compiled of all that: not every pattern with every head size, nor everything for each architecture."""
 
-    def named(op: str, patterns: list[str], architecture: int) -> list[str]:
-        wanted = re.compile(f"{op}_(" + "|".join(patterns) + ")")
-        return [name for name in compilations(architecture) if wanted.fullmatch(name)]
+    matrices = named_jobs(
+        (True, "attention_", ALWAYS_EVERYWHERE, ALWAYS),
+        (False, "attention_", SELDOM_EVERYWHERE, SELDOM),
+        (True, "gumbel_", GUMBEL_ALWAYS_EVERYWHERE, GUMBEL_ALWAYS),
+        (False, "gumbel_", GUMBEL_SELDOM_EVERYWHERE, GUMBEL_SELDOM),
+    )
+    decoding = named_jobs(
+        (True, "attend_step-", ATTEND_ALWAYS_EVERYWHERE, ATTEND_ALWAYS),
+        (False, "attend_step-", ATTEND_SELDOM_EVERYWHERE, ATTEND_SELDOM),
+        (True, "draw_step-", DRAW_ALWAYS_EVERYWHERE, DRAW_ALWAYS),
+    )
+    return [*matrices, *cross_entropy_jobs(), *decoding]
 
+
+def named_jobs(*selections: tuple[bool, str, list[str], list[str]]) -> list[Job]:
+    """Of each architecture what is selected: always, a prefix, and patterns for all and for sm_90 alone."""
     jobs = {}
     for architecture in CHIPS:
-        for always, op, everywhere, more in (
-            (True, "attention", ALWAYS_EVERYWHERE, ALWAYS),
-            (False, "attention", SELDOM_EVERYWHERE, SELDOM),
-            (True, "gumbel", GUMBEL_ALWAYS_EVERYWHERE, GUMBEL_ALWAYS),
-            (False, "gumbel", GUMBEL_SELDOM_EVERYWHERE, GUMBEL_SELDOM),
-        ):
-            for name in named(op, everywhere + (more if architecture == 90 else []), architecture):
+        for always, prefix, everywhere, more in selections:
+            patterns = everywhere + (more if architecture == 90 else [])
+            wanted = re.compile(prefix + "(" + "|".join(patterns) + ")")
+            for name in filter(wanted.fullmatch, compilations(architecture)):
                 jobs.setdefault((name, architecture), Job(name, architecture, always))
-    return [*jobs.values(), *cross_entropy_jobs()]
+    return list(jobs.values())
 
 
 # Cross-entropy: one program a row, no products.
@@ -167,6 +194,22 @@ def cross_entropy_faults(job: Job, figures: "Figures") -> list[str]:
     loads = 2 * vectors + 4 if "-bias" in job.name else vectors + 2
     if figures.loads > loads:
         found.append(f"{figures.loads} loads, meant are {loads}: of 16 bytes each")
+    return found
+
+
+def draw_faults(job: Job, figures: "Figures") -> list[str]:
+    """Of the kernel that draws tokens: products, which it has none of, and scores that are read one by one."""
+    found = []
+    if figures.hgmma + figures.hmma + figures.utcmma:
+        found.append("uses tensor cores without a product")
+    constants = named_constants(compilations(job.architecture)[job.name])
+    if int(job.name.split("-")[1]) % 16 == 0:
+        # Of four scores for each word of a counter, with guidance twice; position, seed, the token's score and the sum;
+        # what is kept and whether.
+        vectors = 4 * max(1, constants["BLOCK_K"] // (32 * figures.warps * 16)) * (2 if constants["GUIDED"] else 1)
+        loads = vectors + (4 if "keep" in constants else 6)
+        if figures.loads > loads:
+            found.append(f"{figures.loads} loads, meant are {loads}: of 16 bytes each")
     return found
 
 
@@ -195,6 +238,9 @@ def stated_shared(job: Job) -> int:
         width = int(job.name.split("-")[2])
         _, shared = tables[job.kernel][job.architecture // 10, 2 if job.is_rounded else 4, width]
         return shared
+    if job.kernel == "attend_step":
+        table = kv_cache.FEW_TILES if job.name.endswith("-single") else kv_cache.MANY_TILES
+        tables = {"attend_step": table}
     block_d = named_constants(compilations(job.architecture)[job.name])["BLOCK_D"]
     _, shared = tables[job.kernel][job.architecture // 10, 2 if job.is_rounded else 4, block_d]
     return shared
@@ -372,7 +418,11 @@ def faults(job: Job, figures: Figures) -> list[str]:
         f"{f.programs} programs fit on a multiprocessor, meant are {intended}: {f.registers} registers x {f.warps} "
         f"warps, {f.shared} bytes of shared memory, {f.tensor_columns} columns of tensor memory",
     )
-    check(f.narrow_loads == 0, f"{f.narrow_loads} loads of one or two bytes")
+    # Whether a token is kept is a byte.
+    most_narrow = 1 if job.kernel == "draw_step" else 0
+    check(f.narrow_loads <= most_narrow, f"{f.narrow_loads} loads of one or two bytes")
+    if job.kernel == "draw_step":
+        return found + draw_faults(job, f)
     if job.kernel == "cross_entropy_rows":
         return found + cross_entropy_faults(job, figures)
     if job.kernel == "sum":
@@ -425,7 +475,9 @@ def tensor_cores_of(job: Job, figures: Figures) -> str | None:
 
 
 def rows_of(job: Job, figures: Figures) -> int:
-    """Of the matrix of scores: queries, for the gradients of key and value keys; for that of a codebook its columns."""
+    """Of the matrix of scores: queries or samples, for the gradients of key and value keys; for that of a codebook its
+    columns.
+    """
     if job.kernel == "dcodebook":
         return int(job.name.split("-")[2])
     return figures.tiles[1 if job.kernel == "dkdv" else 0]

@@ -14,7 +14,15 @@ import sass
 import torch
 import triton
 import triton.language as tl
-from dalle_fast.kernels import attention_backward, attention_forward, cross_entropy, gumbel, gumbel_backward
+from dalle_fast.kernels import (
+    attention_backward,
+    attention_forward,
+    cross_entropy,
+    draw_token,
+    gumbel,
+    gumbel_backward,
+    kv_cache,
+)
 from dalle_fast.kernels.common import Compilation, Launch
 from sass import CHIPS, Figures, Job, compilations, faults, measure, regressions, shipped
 from triton.backends.compiler import GPUTarget
@@ -68,9 +76,9 @@ def test_a_launch_compiles_what_is_compiled_here(monkeypatch):
         return launches[-1][1]
 
     monkeypatch.setattr(Launch, "compilation", remember)
-    for kernels in (attention_forward, attention_backward):
+    for kernels in (attention_forward, attention_backward, kv_cache):
         kernels.shipped_configs(head_dims=(64, 80))
-    for kernels in (gumbel, gumbel_backward, cross_entropy):
+    for kernels in (gumbel, gumbel_backward, cross_entropy, draw_token):
         kernels.shipped_configs()
     assert len(launches) > 200
     backend = make_backend(GPUTarget("cuda", 90, 32))
@@ -130,6 +138,20 @@ def test_logits_that_are_read_one_by_one_are_found(cache):
     assert is_found("18 loads, meant are 6: of 16 bytes each", job, figures)
 
 
+def test_scores_of_codes_that_are_read_one_by_one_are_found(cache):
+    job = Job("draw_step-8192", 90)
+    figures = measure(compilations(90)[job.name]._replace(attributes={}), 90)
+    assert is_found("12 loads, meant are 8: of 16 bytes each", job, figures)
+
+
+def test_a_cache_that_is_not_aligned_is_found(cache):
+    job = Job("attend_step-row-32-64-bfloat16", 90)
+    figures = measure(changed(job)._replace(attributes={}), 90)
+    assert is_found("loads of one or two bytes", job, figures)
+    assert is_found("0 asynchronous copies of 8 or 16 bytes", job, figures)
+    assert is_found("0 HMMA, meant is HMMA", job, figures._replace(hmma=0))
+
+
 @triton.jit
 def _weights_kernel(scores, weights, scale, FORM: tl.constexpr):
     lane = tl.arange(0, 64)
@@ -178,6 +200,21 @@ def test_gumbel_of_one_position_and_one_code_compiles(cache):
         *gumbel_backward.plan_bwd(*tensors, numbers[None], logits, None, logits, logits[0], **options),
     ]
     assert len(launches) == 4
+    for launch in launches:
+        assert measure(launch.compilation(launch.kernel.fn.__name__), 90).spills == 0
+
+
+def test_decoding_of_one_head_and_one_code_compiles(cache):
+    """Sizes of 1 are constants of the compilation."""
+    one, number = torch.empty(1, 1, 1, 1, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
+    pattern = (0, 1, 1, 1, 0, 0)
+    launches = [
+        kv_cache.plan_step(*[one] * 7, number, number, one, pattern=pattern, scale=1.0, device=CHIPS[90].device),
+        draw_token.plan_step(
+            one[0, 0], number, number, None, number[None], one[0, 0, 0],
+            temperature=1.0, top_k=1, top_p=1.0, cond_scale=None,
+        ),
+    ]  # fmt: skip
     for launch in launches:
         assert measure(launch.compilation(launch.kernel.fn.__name__), 90).spills == 0
 
@@ -295,6 +332,7 @@ def test_record_has_every_job_and_no_fault(version):
 def test_roofline_in_the_documentation():
     text = (Path(__file__).parents[1] / "docs" / "attention.md").read_text(encoding="utf-8")
     assert roofline.table(RECORD) in text, "python tests/roofline.py"
+    assert roofline.step_table(RECORD) in text, "python tests/roofline.py"
     text = (Path(__file__).parents[1] / "docs" / "gumbel.md").read_text(encoding="utf-8")
     assert roofline.gumbel_table(RECORD) in text, "python tests/roofline.py"
 
@@ -311,3 +349,19 @@ def test_roofline_of_one_step():
     assert seconds["memory"] == pytest.approx(4 * 496 * 1280 * 128 / 4.3e12)
     with pytest.raises(ValueError, match="fwd of row-32 has 1 loops in its machine code, not 3"):
         roofline.least_seconds("fwd", "row-32", row._replace(loops=row.loops[:1]))
+
+
+def test_roofline_of_a_step_of_decoding():
+    """Work that is easily counted: 16 samples a program, a step of 32 earlier keys each, none at the first position."""
+    figures = RECORD["3.9.0"]["attend_step-row-32-64-bfloat16-sm_90"]
+    seconds = roofline.least_step_seconds("row-32", figures)
+    steps = [4 * 64, 16 * 32 * 1023 / 1024]
+    assert seconds["tensor"] == pytest.approx(sum(steps) * 2 * 16 * 64 * 32 * 62 / (790e12 / 2))
+    row = 62 * 64 * 2
+    assert roofline.earlier_keys("row-32") == pytest.approx(33264 / 1024 - 1)
+    image = 512 * row * (2 * (33264 / 1024 - 1) + 6)
+    assert seconds["memory"] == pytest.approx((image + 2 * 256 * row) / 4.3e12)
+    assert seconds["L2"] == pytest.approx((image + 32 * 2 * 256 * row) / 5.5e12)
+    assert roofline.dense_step_seconds("row-32") == pytest.approx(512 * row * 2 * 768.5 / 4.3e12)
+    with pytest.raises(ValueError, match="attend_step of row-32 has 1 loops in its machine code, not 3"):
+        roofline.least_step_seconds("row-32", figures._replace(loops=figures.loops[:1]))
