@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dalle_fast import DVAE, Dalle, DalleConfig, DVAEConfig
+from dalle_fast.models.decoder import Decoder
 from dalle_fast.models.half import in_weight_dtype
 
 SIZES = {"text_vocab_size": 30, "image_vocab_size": 40, "text_len": 6, "grid": (4, 4), "depth": 2, "width": 32}
@@ -216,8 +217,11 @@ def test_a_half_model_draws_samples():
     tokens = torch.randint(0, 40, (2, 16))
     with torch.no_grad():
         expected = model(text, tokens).image
-        caches = model.make_caches(2)
-        model.prefill(text, caches)
-        steps = [model.step(None if p == 0 else tokens[:, p - 1], p, caches) for p in range(16)]
+    decoder = Decoder(model, 2)
+    decoder.prefill(text)
+    steps = []
+    for _ in range(16):
+        steps.append(decoder.step(tokens).clone())
+        decoder.position += 1
     error = (torch.stack(steps, 1) - expected).abs().max()
     assert error < 32 * torch.finfo(torch.float16).eps * expected.abs().max()

@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle_fast.models.half import Resblock, cast_weights, in_weight_dtype, set_grad_scales
-from dalle_fast.ops.attention import attention, attention_qkvpacked
+from dalle_fast.ops.attention import attention_qkvpacked
 from dalle_fast.ops.checks import without_autocast
 from dalle_fast.ops.cross_entropy import linear_cross_entropy
-from dalle_fast.ops.kv_cache import KVCache, attention_with_kvcache
+from dalle_fast.ops.decode_linear import ACTIVATIONS
 from dalle_fast.patterns import Pattern, schedule
 
 __all__ = ["PAD_ID", "Dalle", "DalleConfig", "DalleLogits", "DalleLoss"]
@@ -86,8 +86,8 @@ class DalleConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
         if not 0 <= self.text_loss_weight <= 1:
             raise ValueError(f"text_loss_weight must be in [0, 1], got {self.text_loss_weight}")
-        if self.activation not in _ACTIVATIONS:
-            raise ValueError(f"activation must be one of {', '.join(_ACTIVATIONS)}, got {self.activation!r}")
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}, got {self.activation!r}")
         if self.start_of_text not in ("inside", "before"):
             raise ValueError(f"start_of_text must be inside or before, got {self.start_of_text!r}")
         if self.caption_len < 1:
@@ -135,13 +135,6 @@ class DalleLoss(NamedTuple):
     image: Tensor
 
 
-def _fast_gelu(x: Tensor) -> Tensor:
-    return x * torch.sigmoid(1.702 * x)
-
-
-_ACTIVATIONS = {"fast_gelu": _fast_gelu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
-
-
 class LayerNorm(nn.LayerNorm):
     """LayerNorm in fp32, whatever the input's dtype and autocast say."""
 
@@ -169,26 +162,17 @@ class AttentionBlock(Resblock):
         self.projection = Linear(config.width, config.width, bias=config.linear_bias)
         self.dropout = nn.Dropout(config.dropout)
 
-    def _project_qkv(self, x: Tensor) -> Tensor:
-        return self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, self.head_dim))  # (B, S, 3, H, D)
+    def project_qkv(self, x: Tensor) -> Tensor:
+        """Queries, keys and values (B, S, 3, H, D) of states (B, S, width)."""
+        return self.qkv(self.norm(x)).unflatten(-1, (3, self.heads, self.head_dim))
 
-    def _project(self, attended: Tensor) -> Tensor:
+    def project(self, attended: Tensor) -> Tensor:
+        """What (B, S, H, D) that attention gave adds to the states."""
         return self.dropout(self.projection(attended.flatten(-2)))
 
     def branch(self, x: Tensor) -> Tensor:
         """What is added to x."""
-        return self._project(attention_qkvpacked(self._project_qkv(x), self.pattern))
-
-    def prefill(self, x: Tensor, cache: KVCache) -> Tensor:
-        """The same for the first states of a sequence, whose keys and values the cache keeps."""
-        query, key, value = self._project_qkv(x).permute(2, 0, 3, 1, 4)  # each (B, H, S, D)
-        cache.prefill(key, value)
-        return x + self._project(attention(query, key, value, self.pattern).transpose(1, 2))
-
-    def step(self, x: Tensor, cache: KVCache) -> Tensor:
-        """The same for one state a sample, (B, 1, width), which the cache takes up."""
-        query, key, value = self._project_qkv(x).permute(2, 0, 3, 1, 4)
-        return x + self._project(attention_with_kvcache(query, key, value, cache).transpose(1, 2))
+        return self.project(attention_qkvpacked(self.project_qkv(x), self.pattern))
 
 
 class MLPBlock(Resblock):
@@ -200,7 +184,7 @@ class MLPBlock(Resblock):
         self.norm = LayerNorm(config.width, eps=config.layer_norm_eps)
         self.expand = Linear(config.width, hidden, bias=config.linear_bias)
         self.contract = Linear(hidden, config.width, bias=config.linear_bias)
-        self.activation = _ACTIVATIONS[config.activation]
+        self.activation = ACTIVATIONS[config.activation]
         self.dropout = nn.Dropout(config.dropout)
 
     def branch(self, x: Tensor) -> Tensor:
@@ -314,10 +298,10 @@ class Dalle(nn.Module):
             )
         start = self.start_of_image.expand(image_tokens.shape[0], 1, -1)
         read = torch.cat([start, self.image_embedding(image_tokens[:, : config.image_len - 1])], dim=1)
-        return read + self._image_positions()[: read.shape[1]]
+        return read + self.image_positions()[: read.shape[1]]
 
-    def _image_positions(self) -> Tensor:
-        """(image_len, width), in raster order."""
+    def image_positions(self) -> Tensor:
+        """What a state's place in the grid adds to it: (image_len, width), in raster order."""
         return (self.row_embedding.weight[:, None] + self.column_embedding.weight[None, :]).flatten(0, 1)
 
     def _hidden(self, text: Tensor, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -366,45 +350,6 @@ class Dalle(nn.Module):
         image_loss = _cross_entropy(image_hidden, self.image_head.weight, image_tokens, -100)
         weight = self.config.text_loss_weight
         return DalleLoss(weight * text_loss + (1 - weight) * image_loss, text_loss.detach(), image_loss.detach())
-
-    def make_caches(self, batch: int, num_prompts: int | None = None) -> list[KVCache]:
-        """An empty cache for each layer; sample i of the batch belongs to prompt i // (batch // num_prompts)."""
-        weight = self.layers[0]["attention"].qkv.weight
-        return [
-            KVCache(
-                pattern,
-                batch,
-                self.config.heads,
-                self.config.head_dim,
-                num_prompts=num_prompts,
-                dtype=weight.dtype,
-                device=weight.device,
-            )
-            for pattern in self.config.patterns()
-        ]
-
-    def prefill(self, text: Tensor, caches: list[KVCache]) -> None:
-        """Run the text states of one caption a prompt, filling the caches."""
-        x = self.embed_text(text)
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer["mlp"](layer["attention"].prefill(x, cache))
-
-    def step(self, tokens: Tensor | None, position: int, caches: list[KVCache]) -> Tensor:
-        """Scores (B, image_vocab_size) of image token ``position``, given the one before it.
-
-        Args:
-            tokens: (B,) int64, the image tokens at position - 1; None at position 0.
-            position: raster index of the token to score.
-            caches: as :meth:`prefill` and the steps before left them.
-        """
-        positions = self._image_positions()[position]
-        if tokens is None:
-            x = (self.start_of_image + positions).expand(caches[0].batch, 1, -1)
-        else:
-            x = self.image_embedding(tokens)[:, None] + positions
-        for layer, cache in zip(self.layers, caches, strict=True):
-            x = layer["mlp"](layer["attention"].step(x, cache))
-        return self.image_logits(self.norm(x)[:, 0])
 
 
 def _cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
