@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -12,17 +13,17 @@ from dalle_fast import __version__
 
 __all__ = ["main"]
 
+_DTYPES = ("float32", "bfloat16", "float16")
 _DATA_HELP = "folder of images with captions, .tar shards, or a brace pattern"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status; what goes wrong is said in one sentence on stderr."""
-    parser = _make_parser()
-    args = parser.parse_args(arguments)
+    args = _parse(_make_parser(), arguments)
     try:
         args.run(args)
-    except KeyboardInterrupt:
-        print("dalle-fast: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"dalle-fast: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     except (ValueError, TypeError, RuntimeError, ArithmeticError, OSError) as error:
         if args.traceback:
@@ -30,6 +31,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"dalle-fast: error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _parse(parser: argparse.ArgumentParser, arguments: Sequence[str] | None) -> argparse.Namespace:
+    args, rest = parser.parse_known_args(arguments)
+    # argparse looks for captions in one place, before or after the flags. As there, what has a space is no flag.
+    end = rest.index("--") if "--" in rest else len(rest)
+    if hasattr(args, "captions") and not any(word.startswith("-") and " " not in word for word in rest[:end]):
+        args.captions += rest[:end] + rest[end + 1 :]
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    return args
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -213,52 +225,71 @@ def _saved_config(out: Path, config_class: type, kind: str) -> object:
 
 
 def _add_sample(commands: argparse._SubParsersAction) -> None:
-    parser = commands.add_parser("sample", help="draw images for a caption")
+    parser = commands.add_parser("sample", help="draw images for captions, or complete an image")
     parser.add_argument("checkpoint", type=Path, metavar="CKPT", help="run or checkpoint of train, or a saved pipeline")
-    parser.add_argument("caption", metavar="CAPTION")
-    parser.add_argument("-n", "--num-images", type=int, default=16, help="images to draw (default: 16)")
-    parser.add_argument("-o", "--out", type=Path, default=Path("out.png"), help="grid to write (default: out.png)")
-    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)")
-    parser.add_argument("--top-k", type=int, help="draw among the k likeliest codes")
-    parser.add_argument("--top-p", type=float, help="draw among the likeliest codes of this total probability")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default: 0)")
+    parser.add_argument("captions", nargs="*", metavar="CAPTION", help="one or several")
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="captions instead, one a line")
+    parser.add_argument("-n", "--num-images", type=int, default=16, help="images to draw of each (default: 16)")
+    parser.add_argument(
+        "-o",
+        "--out",
+        type=Path,
+        default=Path("out.png"),
+        help="grid to write (default: out.png); out/ gets the single images, out.json settings, seeds and scores",
+    )
+    parser.add_argument("--no-singles", dest="singles", action="store_false", help="write no single images")
+    parser.add_argument("--best", type=int, metavar="K", help="keep the K of highest score of each caption, in order")
+    parser.add_argument("--stream", action="store_true", help="write the grid again and again while it is drawn")
     parser.add_argument("--strict", action="store_true", help="refuse a caption that is too long instead of cutting it")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.set_defaults(run=_sample)
+
+    group = parser.add_argument_group("drawing")
+    group.add_argument("--seed", type=int, default=0, help="of the first image; the next has the next (default: 0)")
+    group.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token (default: 1)")
+    group.add_argument("--top-k", type=int, help="draw among the k likeliest codes")
+    group.add_argument("--top-p", type=float, help="draw among the likeliest codes of this total probability")
+    group.add_argument(
+        "--cond-scale", type=float, default=1.0, help="weight of the caption against none: guidance (default: 1)"
+    )
+
+    group = parser.add_argument_group("completing an image")
+    group.add_argument("--image", type=Path, metavar="FILE", help="image to complete, cut to the models' size")
+    masks = group.add_mutually_exclusive_group()
+    masks.add_argument("--keep-rows", type=int, metavar="N", help="rows of tokens to keep (default: 15 of 32)")
+    masks.add_argument("--keep-mask", type=Path, metavar="FILE", help="image that is white where tokens are kept")
+
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    group.add_argument("--batch-size", type=int, help="images drawn together (default: what fits the memory)")
+    group.add_argument("--memory-budget", type=_bytes, metavar="BYTES", help="for keys, values and buffers, such as 4G")
+    group.add_argument(
+        "--dtype",
+        choices=("auto", *_DTYPES),
+        default="auto",
+        help="of the blocks' matrices; auto is as saved on a CPU, bfloat16 on a GPU",
+    )
+    group.add_argument("--cache-dtype", choices=_DTYPES, help="of keys and values (default: the matrices')")
+    parser.set_defaults(run=_sample, usage_error=parser.error)
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([KMGT]?)", text.upper().removesuffix("B").removesuffix("I"))
+    if match is None:
+        raise argparse.ArgumentTypeError(f"must be a number of bytes such as 800M or 4G, got {text!r}")
+    number, unit = match.groups()
+    return int(float(number) * 1024 ** " KMGT".index(unit or " "))
 
 
 def _sample(args: argparse.Namespace) -> None:
-    import torch
-    from PIL import Image
-    from tqdm import tqdm
+    from dalle_fast.sample import run_sample
 
-    from dalle_fast.data.images import image_grid, to_image
-    from dalle_fast.pipeline import Pipeline
-    from dalle_fast.training.loop import choose_device
-
-    if args.out.suffix.lower() not in Image.registered_extensions():
-        raise ValueError(f"--out must end in the suffix of an image format, got {args.out}")
-    device = choose_device(args.device)
-    pipeline = Pipeline.from_pretrained(args.checkpoint, device=device)
-    limit = pipeline.dalle.config.caption_len
-    if args.caption.strip() and (length := len(pipeline.tokenizer.encode(args.caption))) > limit:
-        message = f"the caption has {length} tokens, and this model reads {limit}"
-        if args.strict:
-            raise ValueError(message)
-        print(f"warning: {message}; the rest is cut", file=sys.stderr)
-    with tqdm(total=args.num_images * pipeline.dalle.config.image_len, unit="token", disable=None) as bar:
-        result = pipeline.generate(
-            args.caption,
-            num_images=args.num_images,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            generator=torch.Generator(device).manual_seed(args.seed),
-            on_tokens=lambda done, total: bar.update(done - bar.n),
-        )
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    to_image(image_grid(result.images)).save(args.out)
-    print(args.out)
+    if args.prompts is not None and args.captions:
+        args.usage_error("argument --prompts: not allowed with argument CAPTION")
+    if args.prompts is None and not args.captions:
+        args.usage_error("the following arguments are required: CAPTION or --prompts")
+    for name in ("keep_rows", "keep_mask"):
+        if getattr(args, name) is not None and args.image is None:
+            args.usage_error(f"argument --{name.replace('_', '-')}: needs --image")
+    run_sample(args)
 
 
 def _add_info(commands: argparse._SubParsersAction) -> None:

@@ -42,6 +42,7 @@ SHOWN_CAPTIONS, SHOWN_SAMPLES = 12, 4
 EMOJI_SAMPLES = 4  # a held-out caption
 TEMPERATURE = 0.7  # of all samples the demo shows and judges
 SEED = 0
+SHOWN_SEED = 10_000  # of pictures to look at: others than those that are judged
 _MARK = ".dalle-fast-demo"  # tells a folder that the demo may replace
 
 
@@ -162,8 +163,7 @@ def _reconstruct(pipeline: Pipeline, images: Tensor) -> tuple[Tensor, int]:
 
 def _judge_shapes(pipeline: Pipeline, captions: list[str], images: Tensor, reconstructions: Tensor) -> dict[str, Any]:
     asked = [Drawing.from_caption(caption) for caption in captions]
-    generator = torch.Generator().manual_seed(SEED)
-    samples = pipeline.generate(captions, temperature=TEMPERATURE, generator=generator, batch_size=128).images
+    samples = pipeline.generate(captions, temperature=TEMPERATURE, seed=SEED, batch_size=128).images
     seen = [_read(image) for image in samples]
     marks = [score(*pair) for pair in zip(asked, seen, strict=True)]
     return {
@@ -191,8 +191,7 @@ def _judge_emoji(
     _, others = _read_folder(train, pipeline.dvae.config.image_size)
     gallery = torch.cat([images, others]).flatten(1)
     own = torch.arange(len(captions))
-    generator = torch.Generator().manual_seed(SEED)
-    samples = pipeline.generate(captions, num_images=EMOJI_SAMPLES, temperature=TEMPERATURE, generator=generator).images
+    samples = pipeline.generate(captions, num_images=EMOJI_SAMPLES, temperature=TEMPERATURE, seed=SEED).images
     rank = _rank(samples.flatten(1), gallery, own.repeat_interleave(EMOJI_SAMPLES))
     ceiling = _rank(reconstructions.flatten(1), gallery, own)
     return {
@@ -238,8 +237,7 @@ def _draw_samples(path: Path, pipeline: Pipeline, captions: list[str]) -> None:
     import matplotlib.pyplot as plt
 
     shown = captions[:SHOWN_CAPTIONS]
-    generator = torch.Generator().manual_seed(SEED + 1)
-    images = pipeline.generate(shown, num_images=SHOWN_SAMPLES, temperature=TEMPERATURE, generator=generator).images
+    images = pipeline.generate(shown, num_images=SHOWN_SAMPLES, temperature=TEMPERATURE, seed=SHOWN_SEED).images
     columns = 3  # captions side by side
     rows = -(-len(shown) // columns)
     figure, axes = plt.subplots(rows, columns, figsize=(4.2 * columns, 1.55 * rows), squeeze=False)

@@ -11,8 +11,11 @@ A pipeline's directory is also a checkpoint of ``dalle-fast train``:
 from __future__ import annotations
 
 import dataclasses
+import numbers
+import operator
 import shutil
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from dalle_fast import __version__
+from dalle_fast.batching import choose_batch_size, plan_batches
 from dalle_fast.checkpoint import (
     check_match,
     latest_checkpoint,
@@ -31,12 +35,14 @@ from dalle_fast.checkpoint import (
 from dalle_fast.config import from_dict, to_dict
 from dalle_fast.data.tokenizer import Tokenizer
 from dalle_fast.models.dvae import DVAE, DVAEConfig
-from dalle_fast.models.transformer import Dalle, DalleConfig
-from dalle_fast.sampling import check_sampling, sample_tokens
+from dalle_fast.models.transformer import PAD_ID, Dalle, DalleConfig
+from dalle_fast.ops.checks import check_floating, shape_of
+from dalle_fast.sampling import LARGEST_SEED, Sampler, check_sampling, draw_seeds
 
 __all__ = [
     "GenerateOutput",
     "Pipeline",
+    "SamplingProgress",
     "check_parts_match",
     "dalle_checkpoint_config",
     "load_dvae",
@@ -46,7 +52,7 @@ __all__ = [
 
 ModelConfig = TypeVar("ModelConfig", DVAEConfig, DalleConfig)
 
-DEFAULT_BATCH_SIZE = 64  # images decoded together
+DECODE_BYTES = 2**30  # that the dVAE's activations may take; one image may take more
 
 
 class GenerateOutput(NamedTuple):
@@ -55,6 +61,27 @@ class GenerateOutput(NamedTuple):
     images: Tensor  # (N, 3, height, width) in [0, 1]
     tokens: Tensor  # (N, rows, columns) int64
     scores: Tensor  # (N,) fp32: log-likelihood in nats, or what the pipeline's ``clip`` says; higher is better
+
+
+class SamplingProgress(NamedTuple):
+    """How far :meth:`Pipeline.generate` has come: ``done, total, *_ = progress``."""
+
+    done: int  # tokens, all images counted, finished batches' and kept ones too
+    total: int  # tokens of all images
+    start: int  # number of the first image of the batch that is being drawn
+    position: int  # tokens that each image of the batch has, in raster order
+    tokens: Tensor  # (n, rows, columns) int64, the batch's; later steps write into it, so clone what is to stay
+    dvae: DVAE
+
+    @torch.no_grad()
+    def preview(self) -> Tensor:
+        """The batch's images, (n, 3, height, width) in [0, 1]: complete rows of tokens decoded, the rest grey."""
+        count, rows, columns = self.tokens.shape
+        scale, complete = self.dvae.config.downsampling, self.position // columns
+        images = torch.full((count, 3, rows * scale, columns * scale), 0.5, device=self.tokens.device)
+        if complete:
+            images[:, :, : complete * scale] = _decode(self.dvae, self.tokens[:, :complete])
+        return images
 
 
 class Pipeline:
@@ -77,6 +104,7 @@ class Pipeline:
     ) -> None:
         check_parts_match(dvae.config, dalle.config, tokenizer)
         self.dvae, self.dalle, self.tokenizer, self.clip = dvae, dalle, tokenizer, clip
+        self._warns_of_guidance = False
 
     @property
     def device(self) -> torch.device:
@@ -121,9 +149,10 @@ class Pipeline:
         check_match("tokenizer_sha256", config.get("tokenizer_sha256"), tokenizer.sha256, path)
         dalle = Dalle(model_config(DalleConfig, config, path))
         _load_best_weights(dalle, path)
-        return cls(load_dvae(path / "dvae"), dalle.eval(), tokenizer).to(device)
+        pipeline = cls(load_dvae(path / "dvae"), dalle.eval(), tokenizer)
+        pipeline._warns_of_guidance = "train" in config and not config["train"].get("caption_drop", 0.0)
+        return pipeline.to(device)
 
-    @torch.no_grad()
     def generate(
         self,
         prompts: str | Sequence[str],
@@ -132,77 +161,247 @@ class Pipeline:
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
+        cond_scale: float = 1.0,
+        image: Tensor | None = None,
+        keep_mask: Tensor | None = None,
         generator: torch.Generator | None = None,
         batch_size: int | None = None,
-        on_tokens: Callable[[int, int], None] | None = None,
+        seed: int | Sequence[int] | None = None,
+        memory_budget: int | None = None,
+        cache_dtype: torch.dtype | None = None,
+        on_tokens: Callable[[SamplingProgress], None] | None = None,
     ) -> GenerateOutput:
-        """Draw images for captions.
+        """Draw images for captions, or complete images.
 
         Args:
             prompts: one caption or several; longer than the model's text length they are cut.
             num_images: images a prompt.
-            temperature, top_k, top_p, generator: see :func:`dalle_fast.sampling.sample_tokens`.
-            batch_size: images drawn together, 64 by default; only memory and speed depend on it, and which random
-                numbers each image gets.
-            on_tokens: called after each step with the tokens drawn so far and the tokens to draw, all images
-                counted.
+            temperature, top_k, top_p, cond_scale, cache_dtype: see :class:`dalle_fast.sampling.Sampler`.
+            image: an image to complete, (3, H, W) or (1, 3, H, W) for all prompts or (P, 3, H, W), one each; in [0, 1]
+                and of the dVAE's size.
+            keep_mask: (rows, columns) or (P, rows, columns) bool, which tokens of ``image`` stay as they are. None
+                keeps the top 15 of 32 rows, as the paper does: ``rows * 15 // 32``, at least one row of several.
+            generator: draws the first of the images' consecutive seeds where ``seed`` is None; None takes PyTorch's
+                default.
+            batch_size: images drawn together at most; only memory and speed depend on it. None takes what fits
+                ``memory_budget``, at most 64 on a CPU and 512 on a GPU.
+            seed: >= 0, of the first image; the i-th of all images has ``seed + i``, so that image 2 of
+                ``generate(p, seed=7, num_images=4)`` is that of ``generate(p, seed=9)``. Or one an image each.
+            memory_budget: bytes that the transformer's caches and buffers may take; None is four fifths of what is free
+                on a GPU, half of it on a CPU. The dVAE decodes in parts whose activations take up to 1 GiB, or one
+                image at a time.
+            on_tokens: called after each step with a :class:`SamplingProgress`.
 
         Returns:
-            Images, tokens and scores of the first prompt's images, then the second's, and so on.
+            Images, tokens and scores of the first prompt's images, then the second's, and so on. Scores are
+            log-likelihoods given the caption, of kept tokens too, unguided, unfiltered and at temperature 1.
 
         Raises:
-            ValueError: no prompt, an empty one, or a setting out of range.
+            ValueError: no prompt, an empty one, a setting out of range, an image or a mask of another shape, or too
+                little memory.
+            TypeError: an image that is not floating point, or a mask that is not bool.
+            FloatingPointError: the model's scores are NaN.
+        """
+        batches = self.generate_batches(
+            prompts,
+            num_images=num_images,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            cond_scale=cond_scale,
+            image=image,
+            keep_mask=keep_mask,
+            generator=generator,
+            batch_size=batch_size,
+            seed=seed,
+            memory_budget=memory_budget,
+            cache_dtype=cache_dtype,
+            on_tokens=on_tokens,
+        )
+        outputs = [output for _, output in batches]
+        return GenerateOutput(*(torch.cat(parts) for parts in zip(*outputs, strict=True)))
+
+    def generate_batches(
+        self,
+        prompts: str | Sequence[str],
+        *,
+        num_images: int = 1,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        cond_scale: float = 1.0,
+        image: Tensor | None = None,
+        keep_mask: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        batch_size: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        memory_budget: int | None = None,
+        cache_dtype: torch.dtype | None = None,
+        on_tokens: Callable[[SamplingProgress], None] | None = None,
+    ) -> Iterator[tuple[int, GenerateOutput]]:
+        """:meth:`generate` batch by batch: whoever is interrupted keeps what is finished.
+
+        Arguments are checked and seeds drawn at once, images are drawn as they are asked for.
+
+        Returns:
+            Iterator over (number of the batch's first image, its images, tokens and scores), in order.
+
+        Raises:
+            As :meth:`generate`; FloatingPointError while iterating.
         """
         prompts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not prompts:
             raise ValueError("prompts must hold at least one caption, got none")
+        for name, value in (("num_images", num_images), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        check_sampling(temperature, top_k, top_p, cond_scale, codes=self.dalle.config.image_vocab_size)
+        text = self._encode_prompts(prompts)
+        tokens, keep = self._encode_image(image, keep_mask, len(prompts))
+        seeds = _image_seeds(seed, generator, len(prompts) * num_images)
+        batch_size = choose_batch_size(
+            self.dalle,
+            len(prompts),
+            num_images,
+            guided=cond_scale != 1,
+            cache_dtype=cache_dtype,
+            prefix=0 if keep is None else int(keep.cumprod(dim=1).sum(dim=1).max()),
+            batch_size=batch_size,
+            memory_budget=memory_budget,
+        )
+        if cond_scale != 1 and self._warns_of_guidance:
+            self._warns_of_guidance = False
+            warnings.warn(
+                "this model was trained with caption_drop 0: it never saw the empty caption that "
+                f"cond_scale {cond_scale} compares with",
+                stacklevel=2,
+            )
+        settings = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "cond_scale": cond_scale}
+        return self._draw(
+            prompts,
+            text,
+            seeds,
+            plan_batches(len(prompts), num_images, batch_size),
+            settings | {"cache_dtype": cache_dtype},
+            tokens,
+            keep,
+            on_tokens,
+        )
+
+    @torch.no_grad()
+    def _draw(
+        self,
+        prompts: list[str],
+        text: Tensor,
+        seeds: Tensor,
+        batches: list[tuple[range, int]],
+        settings: dict[str, Any],
+        tokens: Tensor | None,
+        keep: Tensor | None,
+        on_tokens: Callable[[SamplingProgress], None] | None,
+    ) -> Iterator[tuple[int, GenerateOutput]]:
+        config = self.dalle.config
+        sampler, report, sizes, start = None, None, None, 0
+        for chunk, count in batches:
+            images = len(chunk) * count
+            if sizes != (len(chunk), count):
+                sampler = report = None  # the memory is needed for the next one
+                sizes = len(chunk), count
+                sampler = Sampler(self.dalle, *sizes, **settings)
+
+            def report(position: int, sampler: Sampler = sampler, start: int = start, images: int = images) -> None:
+                on_tokens(
+                    SamplingProgress(
+                        done=start * config.image_len + position * images,
+                        total=len(seeds) * config.image_len,
+                        start=start,
+                        position=position,
+                        tokens=sampler.tokens.unflatten(1, config.grid),
+                        dvae=self.dvae,
+                    )
+                )
+
+            part = slice(chunk.start, chunk.stop)
+            drawn, scores = sampler.run(
+                text[part],
+                seeds[start : start + images],
+                tokens=None if tokens is None else tokens[part],
+                keep=None if keep is None else keep[part],
+                on_token=None if on_tokens is None else report,
+            )
+            drawn = drawn.unflatten(1, config.grid)
+            pixels = _decode(self.dvae, drawn)
+            if self.clip is not None:
+                scores = self.clip(pixels, [prompts[prompt] for prompt in chunk for _ in range(count)])
+            yield start, GenerateOutput(pixels, drawn, scores)
+            start += images
+
+    def _encode_prompts(self, prompts: list[str]) -> Tensor:
         for prompt in prompts:
             if not prompt.strip():
                 raise ValueError(f"prompt must not be empty, got {prompt!r}")
-        batch_size = DEFAULT_BATCH_SIZE if batch_size is None else batch_size
-        for name, value in (("num_images", num_images), ("batch_size", batch_size)):
-            if value < 1:
-                raise ValueError(f"{name} must be >= 1, got {value}")
-        check_sampling(temperature, top_k, top_p)
         length = self.dalle.config.caption_len
-        text = torch.stack([self.tokenizer.encode_padded(prompt, length)[0] for prompt in prompts]).to(self.device)
+        text = torch.stack([self.tokenizer.encode_padded(prompt, length)[0] for prompt in prompts])
+        for prompt, row in zip(prompts, text, strict=True):
+            if (row == PAD_ID).all():
+                raise ValueError(f"prompt must have at least one token, got {prompt!r}")
+        return text.to(self.device)
 
-        total = len(prompts) * num_images * self.dalle.config.image_len
-        pieces, done = [], 0
-        for chunk, count in _chunks(len(prompts), num_images, batch_size):
+    def _encode_image(
+        self, image: Tensor | None, keep_mask: Tensor | None, num_prompts: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The image's tokens and which of them to keep, each (num_prompts, image_len); None without an image."""
+        if image is None:
+            if keep_mask is not None:
+                raise ValueError("keep_mask needs an image whose tokens it keeps, got none")
+            return None, None
+        check_floating(image=image)
+        side, (rows, columns) = self.dvae.config.image_size, self.dalle.config.grid
+        if image.ndim not in (3, 4) or image.shape[-3] != 3 or (image.ndim == 4 and len(image) not in (1, num_prompts)):
+            rule = " or ".join(["(3, H, W)", *(f"({n}, 3, H, W)" for n in sorted({1, num_prompts}))])
+            raise ValueError(f"image must have shape {rule}, got {shape_of(image)}")
+        if image.shape[-2:] != (side, side):
+            height, width = image.shape[-2:]
+            raise ValueError(f"image must have the dVAE's size, {side} x {side} pixels, got {height} x {width}")
+        low, high = (bound.item() for bound in image.detach().aminmax())
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"image must lie in [0, 1], got {low} to {high}")
+        if keep_mask is None:
+            kept_rows = max(rows * 15 // 32, min(1, rows - 1))
+            keep_mask = (torch.arange(rows) < kept_rows)[:, None].expand(rows, columns)
+        if not isinstance(keep_mask, Tensor) or keep_mask.dtype != torch.bool:
+            kind = keep_mask.dtype if isinstance(keep_mask, Tensor) else type(keep_mask).__name__
+            raise TypeError(f"keep_mask must be a bool tensor, got {kind}")
+        if keep_mask.shape not in ((rows, columns), (num_prompts, rows, columns)):
+            rule = f"({rows}, {columns}) or ({num_prompts}, {rows}, {columns})"
+            raise ValueError(f"keep_mask must have shape {rule}, got {shape_of(keep_mask)}")
+        images = image.reshape(-1, 3, side, side).to(self.device, torch.float32)
+        tokens = self.dvae.encode(images).flatten(1).expand(num_prompts, -1)
+        keep = keep_mask.reshape(-1, rows * columns).to(self.device).expand(num_prompts, -1)
+        return tokens, keep
 
-            def report(position: int, images: int = len(chunk) * count, before: int = done) -> None:
-                if on_tokens is not None:
-                    on_tokens(before + position * images, total)
 
-            pieces.append(
-                sample_tokens(
-                    self.dalle,
-                    text[chunk.start : chunk.stop],
-                    count,
-                    temperature=temperature,
-                    top_k=top_k,
-                    top_p=top_p,
-                    generator=generator,
-                    on_token=report,
-                )
-            )
-            done += len(chunk) * count * self.dalle.config.image_len
-        tokens = torch.cat([piece[0] for piece in pieces]).unflatten(1, self.dalle.config.grid)
-        scores = torch.cat([piece[1] for piece in pieces])
-        images = torch.cat([self.dvae.decode(part) for part in tokens.split(batch_size)])
-        if self.clip is not None:
-            scores = self.clip(images, [prompt for prompt in prompts for _ in range(num_images)])
-        return GenerateOutput(images, tokens, scores)
+def _image_seeds(seed: int | Sequence[int] | None, generator: torch.Generator | None, count: int) -> Tensor:
+    """The images' seeds, (count,) int64."""
+    if seed is None:
+        return draw_seeds(count, generator)
+    if generator is not None:
+        raise ValueError("seed and generator must not both be given")
+    seeds = range(seed, seed + count) if isinstance(seed, numbers.Integral) else list(map(operator.index, seed))
+    if len(seeds) != count:
+        raise ValueError(f"seed must be one number, or one for each of the {count} images, got {len(seeds)}")
+    for number in (min(seeds), max(seeds)):
+        if not 0 <= number <= LARGEST_SEED:
+            raise ValueError(f"seed must be in 0..{LARGEST_SEED}, got {number}")
+    return torch.tensor(seeds)
 
 
-def _chunks(prompts: int, num_images: int, batch_size: int) -> list[tuple[range, int]]:
-    """Which prompts are drawn together, and how many images of each: whole prompts while they fit a batch."""
-    if num_images <= batch_size:
-        step = batch_size // num_images
-        return [(range(first, min(first + step, prompts)), num_images) for first in range(0, prompts, step)]
-    parts = [min(batch_size, num_images - first) for first in range(0, num_images, batch_size)]
-    return [(range(prompt, prompt + 1), part) for prompt in range(prompts) for part in parts]
+def _decode(dvae: DVAE, tokens: Tensor) -> Tensor:
+    """Images of tokens (N, rows, columns), as many at once as DECODE_BYTES allows."""
+    pixels = tokens[0].numel() * dvae.config.downsampling**2
+    # At the widest, six activations of ``hidden`` channels at full size; float32.
+    part = max(1, DECODE_BYTES // (4 * 6 * dvae.config.hidden * pixels))
+    return torch.cat([dvae.decode(few) for few in tokens.split(part)])
 
 
 def check_parts_match(dvae: DVAEConfig, dalle: DalleConfig, tokenizer: Tokenizer) -> None:

@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from dalle_fast.data.tokenizer import Tokenizer
 from dalle_fast.models.dvae import DVAE, DVAEConfig
 from dalle_fast.models.transformer import Dalle, DalleConfig
 from dalle_fast.ops import backends
 from dalle_fast.patterns import Column, Conv, Full, Pattern, Row
+from dalle_fast.pipeline import Pipeline
 
 needs_extension = pytest.mark.skipif(
     backends.extension is None, reason=f"dalle_fast._C is not built: {backends.extension_error}"
@@ -165,6 +167,16 @@ def tiny_dalle(**changes) -> Dalle:
     model = Dalle(DalleConfig(**sizes | changes))
     randomize(model)
     return model.eval()
+
+
+def tiny_pipeline(captions: list[str], **options) -> Pipeline:
+    """A pipeline of both for 16 x 16 images, with a tokenizer of the captions, and images that differ by caption."""
+    tokenizer = Tokenizer.train(captions, 270)
+    dvae = tiny_dvae()
+    randomize(dvae)
+    dalle = tiny_dalle(text_vocab_size=tokenizer.vocab_size, text_len=12, grid=(4, 4))
+    randomize(dalle, std=1.0)
+    return Pipeline(dvae.eval(), dalle, tokenizer, **options)
 
 
 def random_captions(config: DalleConfig, lengths: list[int]) -> Tensor:

@@ -27,11 +27,12 @@ ARROWS = {
     "config": set(),
     "checkpoint": set(),
     "sampling": OPS | {"models"},
-    "pipeline": OPS | FILES_ON_DISK | {"models", "sampling"},
+    "batching": OPS | {"models"},
+    "pipeline": OPS | FILES_ON_DISK | {"models", "sampling", "batching"},
     "training": OPS | FILES_ON_DISK | {"formats", "optim", "grad_scaler", "models", "sampling", "pipeline"},
 }
 DOORS_TO_NATIVE_CODE = {"ops", "formats"}
-FRONT_DOORS = {"", "cli", "demo", "__main__"}  # may import everything
+FRONT_DOORS = {"", "cli", "sample", "demo", "__main__"}  # may import everything
 
 
 def source_files() -> dict[str, Path]:

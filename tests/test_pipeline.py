@@ -1,11 +1,11 @@
-"""The pipeline: shapes, order and batches of what it draws, round trips through a directory, and messages."""
+"""The pipeline: its parts, round trips through a directory, and messages; what it draws is in test_generate.py."""
 
 import json
 import re
 
 import pytest
 import torch
-from helpers import randomize, tiny_dalle, tiny_dvae
+from helpers import tiny_dalle, tiny_dvae, tiny_pipeline
 
 import dalle_fast
 from dalle_fast.checkpoint import CheckpointError
@@ -15,22 +15,14 @@ from dalle_fast.pipeline import Pipeline, load_dvae, save_dvae
 CAPTIONS = ["a red square", "a blue circle on the left", "two green crosses"]
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return Tokenizer.train(CAPTIONS, 270)
+@pytest.fixture
+def pipeline():
+    return tiny_pipeline(CAPTIONS)
 
 
 @pytest.fixture
-def pipeline(tokenizer):
-    return make_pipeline(tokenizer)
-
-
-def make_pipeline(tokenizer, **options):
-    dvae = tiny_dvae()
-    randomize(dvae)
-    dalle = tiny_dalle(text_vocab_size=tokenizer.vocab_size, text_len=12, grid=(4, 4))
-    randomize(dalle, std=1.0)  # so that images of two captions differ
-    return Pipeline(dvae, dalle, tokenizer, **options)
+def tokenizer(pipeline):
+    return pipeline.tokenizer
 
 
 def seeded(seed=0):
@@ -42,84 +34,6 @@ def assert_same_state(left, right):
     for name, tensor in left.state_dict().items():
         assert tensor.dtype == right.state_dict()[name].dtype
         assert torch.equal(tensor, right.state_dict()[name]), name
-
-
-def test_generate(pipeline):
-    result = pipeline.generate(CAPTIONS[:2], num_images=3, generator=seeded())
-    assert result.images.shape == (6, 3, 16, 16)
-    assert result.tokens.shape == (6, 4, 4)
-    assert result.scores.shape == (6,)
-    assert result.tokens.dtype == torch.int64
-    assert 0 <= result.images.min() <= result.images.max() <= 1
-    torch.testing.assert_close(result.images, pipeline.dvae.decode(result.tokens))
-    assert not result.images.requires_grad
-
-
-def test_one_prompt(pipeline):
-    alone = pipeline.generate(CAPTIONS[0], generator=seeded())
-    in_a_list = pipeline.generate([CAPTIONS[0]], generator=seeded())
-    assert torch.equal(alone.tokens, in_a_list.tokens)
-    assert alone.images.shape == (1, 3, 16, 16)
-
-
-def test_scores_are_log_likelihoods_of_the_caption(pipeline):
-    result = pipeline.generate(CAPTIONS[:2], num_images=2, generator=seeded())
-    text = torch.stack([pipeline.tokenizer.encode_padded(caption, 11)[0] for caption in CAPTIONS[:2]])
-    tokens = result.tokens.flatten(1)
-    scores = pipeline.dalle(text.repeat_interleave(2, dim=0), tokens).image.log_softmax(dim=-1)
-    torch.testing.assert_close(result.scores, scores.gather(-1, tokens[..., None]).sum(dim=(1, 2)).detach())
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 3, 4, 5, 6, 64])
-def test_batches_change_nothing_but_speed(pipeline, batch_size):
-    """At temperature 0 nothing is random, and images come prompt after prompt whatever the batches are."""
-    expected = torch.cat([pipeline.generate(caption, temperature=0).tokens for caption in CAPTIONS])
-    assert expected.unique(dim=0).shape[0] == 3, "prompts that look alike would hide a wrong order"
-    result = pipeline.generate(CAPTIONS, num_images=2, temperature=0, batch_size=batch_size)
-    assert torch.equal(result.tokens, expected.repeat_interleave(2, dim=0))
-
-
-@pytest.mark.parametrize("batch_size", [1, 2, 5, 64])
-def test_no_more_images_at_once_than_the_batch_size(pipeline, batch_size, monkeypatch):
-    batches = []
-    make_caches = pipeline.dalle.make_caches
-
-    def watch(batch, num_prompts=None):
-        batches.append(batch)
-        return make_caches(batch, num_prompts)
-
-    monkeypatch.setattr(pipeline.dalle, "make_caches", watch)
-    pipeline.generate(CAPTIONS, num_images=3, batch_size=batch_size)
-    assert max(batches) <= batch_size
-    assert sum(batches) == 9
-
-
-@pytest.mark.parametrize("batch_size", [2, 3, 64])
-def test_progress(pipeline, batch_size):
-    seen = []
-    pipeline.generate(CAPTIONS, num_images=2, batch_size=batch_size, on_tokens=lambda *numbers: seen.append(numbers))
-    done, totals = zip(*seen, strict=True)
-    assert set(totals) == {3 * 2 * 16}
-    assert list(done) == sorted(set(done))
-    assert done[-1] == 3 * 2 * 16
-
-
-def test_ranker_gives_the_scores(tokenizer):
-    calls = []
-
-    def clip(images, prompts):
-        calls.append((images.shape, prompts))
-        return torch.arange(float(len(prompts)))
-
-    result = make_pipeline(tokenizer, clip=clip).generate(CAPTIONS[:2], num_images=2)
-    assert calls == [((4, 3, 16, 16), [CAPTIONS[0], CAPTIONS[0], CAPTIONS[1], CAPTIONS[1]])]
-    assert result.scores.tolist() == [0, 1, 2, 3]
-
-
-def test_long_captions_are_cut(pipeline):
-    words = " ".join("abcdefghijklmnopqrstuvwxyz")
-    first = pipeline.generate(words, temperature=0).tokens
-    assert torch.equal(first, pipeline.generate(words + " and more", temperature=0).tokens)
 
 
 def test_round_trip(pipeline, tmp_path):
@@ -184,24 +98,6 @@ def test_parts_that_do_not_match(tokenizer, dvae, dalle, message):
     sizes = {"text_vocab_size": tokenizer.vocab_size, "grid": (4, 4)} | dalle
     with pytest.raises(ValueError, match=re.escape(message)):
         Pipeline(tiny_dvae(**dvae), tiny_dalle(**sizes), tokenizer)
-
-
-@pytest.mark.parametrize(
-    ("prompts", "options", "message"),
-    [
-        ([], {}, "prompts must hold at least one caption, got none"),
-        ("", {}, "prompt must not be empty, got ''"),
-        (["a red square", " \n"], {}, r"prompt must not be empty, got ' \n'"),
-        ("a", {"num_images": 0}, "num_images must be >= 1, got 0"),
-        ("a", {"batch_size": 0}, "batch_size must be >= 1, got 0"),
-        ("a", {"temperature": -1.0}, "temperature must be finite and >= 0, got -1.0"),
-        ("a", {"top_k": 0}, "top_k must be >= 1, got 0"),
-        ("a", {"top_p": 0.0}, "top_p must be in (0, 1], got 0.0"),
-    ],
-)
-def test_generate_errors(pipeline, prompts, options, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        pipeline.generate(prompts, **options)
 
 
 def edit_config(path, change):

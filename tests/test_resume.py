@@ -57,6 +57,17 @@ def test_resumed_run_on_token_shards_is_bit_identical(dvae_run, token_shards, tm
     assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
 
 
+def test_resumed_run_that_drops_captions_is_bit_identical(token_shards, dvae_run, tmp_path):
+    start = Run("dalle", token_shards, dvae_run)
+    whole = start(tmp_path / "whole", steps=8, caption_drop=0.4)
+    start(tmp_path / "parts", steps=3, caption_drop=0.4)
+    resumed = start(tmp_path / "parts", steps=8, caption_drop=0.4, resume=True)
+    assert_same_checkpoint(whole, resumed)
+    assert losses(tmp_path / "whole") == losses(tmp_path / "parts")
+    start(tmp_path / "kept", steps=8)
+    assert losses(tmp_path / "kept") != losses(tmp_path / "whole")
+
+
 def test_run_stopped_by_control_c_is_bit_identical(start, tmp_path, monkeypatch):
     """The signal comes within update 3, which is finished and saved."""
     whole = start(tmp_path / "whole", steps=8)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from training_runs import DRAWINGS, DVAE_CONFIG, PRIOR_CONFIG, assert_same, losses
+from training_runs import DRAWINGS, DVAE_CONFIG, PRIOR_CONFIG, Run, assert_same, losses
 
 from dalle_fast.checkpoint import latest_checkpoint, load_config, load_training_state, load_weights
 from dalle_fast.data.images import image_grid, to_image
 from dalle_fast.data.sources import TooManyBadSamples, open_source
-from dalle_fast.models.transformer import Dalle
+from dalle_fast.models.transformer import PAD_ID, Dalle
 from dalle_fast.pipeline import Pipeline, load_dvae
 from dalle_fast.training.dvae import TrainDVAEConfig, train_dvae
 from dalle_fast.training.log import read_log
@@ -117,8 +117,7 @@ def test_no_moving_average(start, tmp_path):
 def test_images_are_those_of_the_averaged_weights(drawings, dvae_run, tmp_path):
     train_prior(drawings, tmp_path, dvae_run, dataclasses.replace(PRIOR_CONFIG, steps=3, images_every=3))
     captions = list(itertools.islice(open_source(drawings).captions(), 4))
-    generator = torch.Generator().manual_seed(PRIOR_CONFIG.seed)
-    images = Pipeline.from_pretrained(tmp_path).generate(captions, num_images=4, generator=generator).images
+    images = Pipeline.from_pretrained(tmp_path).generate(captions, num_images=4, seed=PRIOR_CONFIG.seed).images
     drawn = np.asarray(Image.open(tmp_path / "images" / "samples-0000002.png"))
     assert np.array_equal(drawn, np.asarray(to_image(image_grid(images))))
 
@@ -261,6 +260,46 @@ def test_long_captions_are_cut_and_counted(drawings, dvae_run, tmp_path):
         train_prior(drawings, tmp_path / "strict", dvae_run, config)
 
 
+def texts_and_images(start, out, monkeypatch, **changes):
+    """What the model is trained on."""
+    seen = []
+    loss = Dalle.loss
+
+    def watch(self, text, image_tokens):
+        seen.append((text, image_tokens))
+        return loss(self, text, image_tokens)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Dalle, "loss", watch)
+        start(out, **changes)
+    return [torch.cat(parts) for parts in zip(*seen, strict=True)]
+
+
+def test_dropping_captions_changes_no_other_draw(drawings, dvae_run, tmp_path, monkeypatch):
+    start = Run("dalle", drawings, dvae_run)
+    whole, images = texts_and_images(start, tmp_path / "whole", monkeypatch, steps=5)
+    some, same_images = texts_and_images(start, tmp_path / "some", monkeypatch, steps=5, caption_drop=0.5)
+    empty = (some == PAD_ID).all(dim=1)
+    assert 0 < empty.sum() < len(some)
+    assert not (whole == PAD_ID).all(dim=1).any()
+    assert torch.equal(some[~empty], whole[~empty])
+    assert torch.equal(images, same_images)
+
+
+def test_about_that_share_of_captions_is_dropped(token_shards, dvae_run, tmp_path, monkeypatch):
+    start = Run("dalle", token_shards, dvae_run)
+    texts, _ = texts_and_images(start, tmp_path, monkeypatch, steps=100, caption_drop=0.3)
+    dropped = (texts == PAD_ID).all(dim=1).sum()
+    assert abs(dropped - 0.3 * 400) < 4 * math.sqrt(0.3 * 0.7 * 400)
+
+
+def test_a_batch_without_any_caption(token_shards, dvae_run, tmp_path):
+    Run("dalle", token_shards, dvae_run)(tmp_path, steps=2, caption_drop=1.0)
+    records = read_log(tmp_path / "log.jsonl")
+    assert [record["text_loss"] for record in records] == [0, 0]
+    assert all(record["image_loss"] > 0 for record in records)
+
+
 def test_every_checkpoint_of_the_transformer_is_a_pipeline(drawings, dvae_run, tmp_path):
     last = train_prior(drawings, tmp_path, dvae_run, dataclasses.replace(PRIOR_CONFIG, steps=4, checkpoint_every=2))
     caption = "a small red circle at the top left on a white background"
@@ -350,6 +389,8 @@ def test_config_errors(config, changes, message):
         (TrainDVAEConfig, {"kl_steps": 0}, "kl_steps must be >= 1, got 0"),
         (TrainDVAEConfig, {"learning_rate_steps": 0}, "learning_rate_steps must be >= 1, got 0"),
         (TrainConfig, {"bpe_dropout": 1.5}, "bpe_dropout must be in [0, 1], got 1.5"),
+        (TrainConfig, {"caption_drop": -0.1}, "caption_drop must be in [0, 1], got -0.1"),
+        (TrainConfig, {"caption_drop": math.nan}, "caption_drop must be in [0, 1], got nan"),
         (TrainConfig, {"ema_every": 0}, "ema_every must be >= 1, got 0"),
     ],
 )

@@ -24,7 +24,7 @@ from dalle_fast.data.sources import Loader, Sample, open_source
 from dalle_fast.data.token_shards import TokenSample, TokenSource, holds_tokens
 from dalle_fast.data.tokenizer import MIN_VOCAB_SIZE, Tokenizer
 from dalle_fast.models.dvae import DVAE, DVAEConfig
-from dalle_fast.models.transformer import Dalle, DalleConfig
+from dalle_fast.models.transformer import PAD_ID, Dalle, DalleConfig
 from dalle_fast.pipeline import Pipeline, check_parts_match, dalle_checkpoint_config, load_dvae, save_dvae
 from dalle_fast.training.encode import check_encoded_by
 from dalle_fast.training.loop import Outcome, RunConfig, Task, check_update_rule, choose_device, resume_point, train
@@ -60,6 +60,13 @@ class TrainConfig(RunConfig):
     ema_decay: float = field(default=0.99, metadata={"help": "moving average of the weights; 0 for none"})
     ema_every: int = field(default=25, metadata={"help": "updates between its steps"})
     bpe_dropout: float = field(default=0.1, metadata={"help": "share of merges left out of training captions"})
+    caption_drop: float = field(
+        default=0.0,
+        metadata={
+            "help": "share of training captions replaced by the empty one, so that guidance has an unconditional "
+            "model; 0.1 is usual"
+        },
+    )
     strict: bool = field(default=False, metadata={"help": "refuse captions that are too long instead of cutting them"})
 
     def __post_init__(self) -> None:
@@ -67,8 +74,9 @@ class TrainConfig(RunConfig):
         check_update_rule(self)
         if self.ema_every < 1:
             raise ValueError(f"ema_every must be >= 1, got {self.ema_every}")
-        if not 0 <= self.bpe_dropout <= 1:
-            raise ValueError(f"bpe_dropout must be in [0, 1], got {self.bpe_dropout}")
+        for name in ("bpe_dropout", "caption_drop"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
 
 
 def fit_to_dvae(config: TrainConfig, dvae: DVAEConfig) -> TrainConfig:
@@ -138,6 +146,9 @@ def train_prior(
         text, cut = tokenizer.encode_padded(
             sample.caption, caption_len, dropout=config.bpe_dropout, rng=rng, strict=config.strict
         )
+        # The last draw, and none at all where nothing is dropped: what else is drawn for a sample stays the same.
+        if config.caption_drop > 0 and rng.random() < config.caption_drop:
+            text = torch.full_like(text, PAD_ID)
         return image, text, torch.tensor(cut)
 
     loader = Loader(
@@ -209,8 +220,7 @@ def _make_preview(pipeline: Pipeline, captions: Iterator[str], seed: int) -> Cal
     shown = list(itertools.islice(captions, _PREVIEW_CAPTIONS))
 
     def preview() -> dict[str, Tensor]:
-        # A generator of its own, so that looking at samples does not change the training run.
-        generator = torch.Generator(pipeline.device).manual_seed(seed)
-        return {"samples": pipeline.generate(shown, num_images=_PREVIEW_IMAGES, generator=generator).images}
+        # With a seed, so that looking at samples does not change the training run.
+        return {"samples": pipeline.generate(shown, num_images=_PREVIEW_IMAGES, seed=seed).images}
 
     return preview
