@@ -1,17 +1,31 @@
-"""Decoding a batch of images token by token, arg-max each time: with cached keys and values, and without.
+"""Sampling: whole loops, single steps, and what they are up against.
 
-Without a cache, every token runs ``Dalle.forward`` over the text and all image tokens so far. Both draw whole images
-for as many different captions, at the preset's sizes.
+- ``sampling``: the demo's transformer, a batch of images token by token, arg-max each time: with cached keys and
+  values, and running ``Dalle.forward`` over the text and all image tokens so far for each token.
+- ``sampling-image``: 12 layers of width 512 on 256 + 32 x 32 positions, whole loops, from the caption to the last
+  token; and DALLE-pytorch's of the same size (``sampling_rivals.py``), of which a few tokens are timed and
+  seconds_an_image is their mean times 1024.
+- ``sampling-step``: of the same model one token step in the middle of an image. over_stream is its time over that of
+  reading all its weights once from one tensor (an integer maximum), called in turn with it.
+- ``sampling-profile``: which part of a step's time the profiler finds in what.
 """
 
+import statistics
+import time
+from collections.abc import Callable
+
 import pytest
+import sampling_rivals
 import torch
+from sampling_rivals import DEPTH, GRID, HEADS, IMAGE_CODES, IMAGE_LEN, TEXT_CODES, TEXT_LEN, WIDTH
 from torch import Tensor, nn
 
-from dalle_fast.models.transformer import Dalle, DalleConfig
-from dalle_fast.sampling import sample_tokens
+from dalle_fast.models.transformer import Dalle, DalleConfig, Linear
+from dalle_fast.sampling import Sampler, sample_tokens
 
 BATCH = 16
+TURNS = 40  # of a step and the reading of its weights
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @torch.no_grad()
@@ -36,6 +50,7 @@ def make_model(config: DalleConfig) -> Dalle:
     return model
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="the demo's size is for a CPU")
 @pytest.mark.benchmark(group="sampling", min_rounds=5)
 @pytest.mark.parametrize("decode", [recompute_prefix, cached], ids=["recompute", "cached"])
 def test_sampling(checked, prior_preset, captions, decode):
@@ -48,3 +63,148 @@ def test_sampling(checked, prior_preset, captions, decode):
         assert torch.equal(tokens, expected)
 
     checked(lambda: decode(model, text), check, images=BATCH, tokens=BATCH * model.config.image_len)
+
+
+def large_model(dtype: torch.dtype = torch.float32) -> Dalle:
+    """The model of the other benchmarks, with the paper's schedule of layers."""
+    config = DalleConfig(
+        text_vocab_size=TEXT_CODES,
+        image_vocab_size=IMAGE_CODES,
+        text_len=TEXT_LEN,
+        grid=(GRID, GRID),
+        depth=DEPTH,
+        width=WIDTH,
+        heads=HEADS,
+    )
+    model = make_model(config)
+    nn.init.normal_(model.image_head.weight, std=0.1)
+    return model.cast_blocks(dtype).to(DEVICE)
+
+
+def caption(model: Dalle) -> Tensor:
+    """One, (1, caption_len)."""
+    return torch.randint(1, TEXT_CODES, (1, model.config.caption_len), device=DEVICE)
+
+
+@pytest.mark.benchmark(group="sampling-image")
+@pytest.mark.parametrize("count", [1, 16])
+def test_image(benchmark, count):
+    model = large_model()
+    text = caption(model)
+    sampler = Sampler(model, 1, count)
+    seeds = torch.arange(count)
+    tokens, _ = sampler.run(text, seeds)
+    if DEVICE == "cpu":
+        alone, _ = Sampler(model, 1, 1).run(text, seeds[-1:])
+        assert torch.equal(alone[0], tokens[-1]), "a seed's image depends on its neighbours"
+    assert len(tokens.unique()) > IMAGE_CODES // 16, "the tokens are too alike to tell right from wrong"
+    benchmark.pedantic(lambda: sampler.run(text, seeds), rounds=3 if count == 1 else 2)
+    if benchmark.stats is not None:
+        seconds = benchmark.stats.stats.median
+        benchmark.extra_info |= {"seconds_an_image": seconds / count, "ms_a_step": 1000 * seconds / IMAGE_LEN}
+
+
+RIVALS = {
+    "as-called": (sampling_rivals.FULL, sampling_rivals.time_as_called),
+    "cached-full": (sampling_rivals.FULL, sampling_rivals.time_cached),
+    "cached-static": (sampling_rivals.STATIC, sampling_rivals.time_cached),
+}
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="timed on a CPU alone")
+@pytest.mark.benchmark(group="sampling-image")
+@pytest.mark.parametrize("way", RIVALS)
+def test_dalle_pytorch(benchmark, way):
+    reason = sampling_rivals.why_missing()
+    if reason is not None:
+        pytest.skip(reason)
+    attention, measure = RIVALS[way]
+    model = sampling_rivals.make_rival(attention)
+    if way == "cached-full":
+        assert sampling_rivals.cache_error(model, sampling_rivals.CHECKED) < 1e-4, "its cache changes its scores"
+    seconds = []
+    benchmark.pedantic(lambda: seconds.append(measure(model)), rounds=1)
+    benchmark.extra_info |= {"seconds_an_image": seconds[0] * IMAGE_LEN, "ms_a_step": 1000 * seconds[0]}
+
+
+def middle_step(model: Dalle, count: int) -> tuple[Sampler, Callable[[], None]]:
+    """A sampler whose image is half there, and one step of it, which can be repeated."""
+    half = IMAGE_LEN // 2
+    text, image = caption(model), torch.randint(IMAGE_CODES, (1, IMAGE_LEN), device=DEVICE)
+    sampler = Sampler(model, 1, count)
+    decoder = sampler.decoder
+    decoder.prefill(text, image[:, :half])
+    sampler.tokens.copy_(image)
+
+    def step() -> None:
+        for cache in decoder.caches:
+            cache.held.fill_(TEXT_LEN + half)
+        decoder.position.fill_(half)
+        sampler._advance()
+
+    with torch.no_grad():
+        expected = model(text, image[:, :half]).image[:, half]
+        found = decoder.step(sampler.tokens)
+        error = (found - expected).abs().max() / expected.abs().max()
+        assert error < (1e-4 if model.layers[0]["mlp"].expand.weight.dtype == torch.float32 else 0.05)
+    for _ in range(4):
+        step()
+    return sampler, step
+
+
+def streamed_weights(model: Dalle) -> Tensor:
+    """All that a step reads of the model's matrices, one behind the other, as integers."""
+    matrices = [module.weight for module in model.layers.modules() if isinstance(module, Linear)]
+    words = [matrix.detach().flatten().view(torch.int32) for matrix in (*matrices, model.image_head.weight)]
+    return torch.cat(words)
+
+
+def seconds_in_turn(*calls: Callable[[], object]) -> list[float]:
+    """The medians of calls that take turns, since a machine's memory has better and worse seconds."""
+    seconds: list[list[float]] = [[] for _ in calls]
+    for _ in range(TURNS):
+        for call, taken in zip(calls, seconds, strict=True):
+            start = time.perf_counter()
+            call()
+            taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) for taken in seconds]
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the host's clock says nothing about a step")
+@pytest.mark.benchmark(group="sampling-step")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("count", [1, 2, 4, 16, 64])
+def test_step(benchmark, count, dtype):
+    model = large_model(dtype)
+    _, step = middle_step(model, count)
+    weights = streamed_weights(model)
+    stream_seconds, step_seconds = seconds_in_turn(weights.max, step)
+    benchmark.pedantic(step, rounds=30)
+    benchmark.extra_info |= {
+        "over_stream": step_seconds / stream_seconds,
+        "stream_gb_per_s": weights.nbytes / stream_seconds / 1e9,
+        "ms_an_image": 1000 * step_seconds / count,
+    }
+
+
+PARTS = {
+    "matrices": "dalle_fast::decode_linear_cpu",
+    "attention": "dalle_fast::attention_with_kvcache_cpu",
+    "draw": "dalle_fast::draw_token_cpu",
+}
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="the ops of a CPU")
+@pytest.mark.benchmark(group="sampling-profile")
+@pytest.mark.parametrize("count", [1, 16, 64])
+def test_profile(benchmark, count):
+    _, step = middle_step(large_model(), count)
+    benchmark.pedantic(step, rounds=30)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        start = time.perf_counter()
+        for _ in range(TURNS):
+            step()
+        seconds = time.perf_counter() - start
+    spent = {event.key: event.self_cpu_time_total / 1e6 for event in profile.key_averages()}
+    shares = {f"{part}_share": spent[op] / seconds for part, op in PARTS.items()}
+    benchmark.extra_info |= shares | {"rest_share": 1 - sum(shares.values())}

@@ -7,8 +7,9 @@ import torch
 import dalle_fast
 from dalle_fast import formats, scaled_resblock
 from dalle_fast.ops.adamw16 import UpdatedTensors, UpdateRule, adamw16_
+from dalle_fast.ops.draw_token import draw_token
 from dalle_fast.ops.grad_scale import unscale_
-from dalle_fast.patterns import Column, Conv, Full, Row
+from dalle_fast.patterns import Column, Conv, Full, Pattern, Row
 
 
 def exercise() -> None:
@@ -25,6 +26,8 @@ def exercise() -> None:
             (gradient,) = torch.autograd.grad(out.float().sum(), qkv)
             assert out.isfinite().all() and gradient.isfinite().all()
             calls += 1
+            calls += _exercise_decoding(device, pattern, dtype, head_dim)
+    calls += _exercise_draws(device)
     for dtype, codes in ((torch.bfloat16, 300), (torch.float32, 256)):
         logits = torch.randn(2, codes, 7, 9).to(device, dtype).requires_grad_()
         codebook = torch.randn(codes, 40).to(device, dtype).requires_grad_()
@@ -49,6 +52,32 @@ def exercise() -> None:
     if device == "cuda":
         torch.cuda.synchronize()
     print(f"{calls} calls on {device}, all finite")
+
+
+def _exercise_decoding(device: str, pattern: Pattern, dtype: torch.dtype, head_dim: int) -> int:
+    """Whole images of 17 samples of each of two prompts; the number of calls."""
+    cache = dalle_fast.KVCache(pattern, 34, 2, head_dim, num_prompts=2, dtype=dtype, device=device)
+    text = torch.randn(2, 2, 2, pattern.text_len, head_dim).to(device, dtype)
+    cache.prefill(*text, torch.tensor([0, pattern.text_len], device=device))
+    for _ in range(pattern.image_len):
+        query, key, value = torch.randn(34, 3, 2, 1, head_dim).to(device, dtype).unbind(1)
+        assert dalle_fast.attention_with_kvcache(query, key, value, cache).isfinite().all()
+    return pattern.image_len
+
+
+def _exercise_draws(device: str) -> int:
+    """Draws with and without filters, guidance and kept tokens; the number of calls."""
+    seeds, position = torch.arange(3, device=device), torch.tensor(4, device=device)
+    settings = [{}, {"temperature": 0.0}, {"top_k": 5, "top_p": 0.9, "cond_scale": 2.0}]
+    for codes in (300, 4096):
+        logits = torch.randn(6, codes).to(device)
+        tokens, scores = torch.zeros(3, 9, dtype=torch.int64, device=device), torch.zeros(3, device=device)
+        keep = torch.rand(3, 9).to(device) < 0.5
+        for each in settings:
+            rows = logits if "cond_scale" in each else logits[:3]
+            draw_token(rows, seeds, position, tokens, scores, keep=keep, **each)
+        assert scores.isfinite().all() and ((tokens >= 0) & (tokens < codes)).all()
+    return 2 * len(settings)
 
 
 def _exercise_precision(device: str, dtype: torch.dtype, backend: str) -> None:

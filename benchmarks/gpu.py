@@ -7,8 +7,8 @@ repository is written to, and build/gpu keeps what is compiled too. The stages, 
     build        the package with its C++ and CUDA extension, for this GPU alone; where that fails, without it
     test         every test with cuda, gpu or triton in its name, in several processes where pytest-xdist is installed
     compile      the rivals of every row of the benchmarks, on all cores: one after the other takes minutes
-    benchmark    bench_grad_scale, bench_adamw16, bench_gumbel, bench_cross_entropy and bench_attention of benchmarks/;
-                 as many rows as there is time for
+    benchmark    bench_grad_scale, bench_adamw16, bench_kv_cache, bench_gumbel, bench_cross_entropy and bench_attention
+                 of benchmarks/; as many rows as there is time for
     exercise     small calls of every op
     memcheck     the same under compute-sanitizer, where it is installed
     racecheck    the same
@@ -51,7 +51,8 @@ SITE = BUILD / "site"
 RESULTS = ROOT / "benchmarks" / "results"
 # The few rows first, since a time limit cuts the end off.
 BENCHMARKS = [
-    f"benchmarks/bench_{name}.py" for name in ("grad_scale", "adamw16", "gumbel", "cross_entropy", "attention")
+    f"benchmarks/bench_{name}.py"
+    for name in ("grad_scale", "adamw16", "kv_cache", "gumbel", "cross_entropy", "attention")
 ]
 
 TOTAL_SECONDS = 460

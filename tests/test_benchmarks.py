@@ -31,6 +31,7 @@ import oracle  # noqa: E402
 import peers  # noqa: E402
 import report  # noqa: E402
 import rivals  # noqa: E402
+import sampling_rivals  # noqa: E402
 
 TEXT_LEN, GRID = 5, (3, 4)
 PAPER = [Full(TEXT_LEN, GRID), Row(TEXT_LEN, GRID), Column(TEXT_LEN, GRID), Conv(TEXT_LEN, GRID, kernel_size=3)]
@@ -229,6 +230,33 @@ def test_layers_agree(package, mode):
         for name in ("attention", package):
             found = peers.read_result(peers.make_layer_call(name, case)())
             assert oracle.worst_error(found, truth, peers_found) > 0
+
+
+@pytest.mark.parametrize("attention", [sampling_rivals.FULL, sampling_rivals.STATIC], ids=["full", "static"])
+def test_the_cache_of_dalle_pytorch(monkeypatch, attention):
+    """Dropped as it is called, and right where it is handed on and grows from the caption."""
+    if sampling_rivals.why_missing() is not None:
+        pytest.skip(sampling_rivals.why_missing())
+    sizes = {"DEPTH": 4, "WIDTH": 32, "HEADS": 2, "HEAD_DIM": 16, "TEXT_LEN": 5, "GRID": 4, "IMAGE_LEN": 16}
+    for name, value in (sizes | {"PREFIXES": [3, 9]}).items():
+        monkeypatch.setattr(sampling_rivals, name, value)
+    model = sampling_rivals.make_rival(attention, hidden=20)
+    assert sampling_rivals.cache_error(model, 10) < 1e-5
+    assert sampling_rivals.cache_bytes(model, 2) >= 4 * 2 * 2 * 32 * (5 + 16) * 4  # layers, samples, k and v
+
+    lengths: list[int] = []
+    model.transformer.register_forward_pre_hook(lambda _, args: lengths.append(args[0].shape[1]))
+    sampling_rivals.time_as_called(model)
+    assert min(lengths) > 5 and len(set(lengths)) == len(lengths)
+    lengths.clear()
+    sampling_rivals.time_cached(model)
+    assert sorted(lengths)[:-2] == [1] * (len(lengths) - 2)
+
+
+def test_a_sampling_rival_that_is_not_installed(monkeypatch):
+    monkeypatch.setattr(sampling_rivals, "_NEEDS", ("no_such_package", "torch"))
+    with pytest.raises(ImportError, match=r"no_such_package is not installed: pip install \.\[rivals\] && pip install"):
+        sampling_rivals.make_rival()
 
 
 # Memory and time
