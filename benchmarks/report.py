@@ -6,9 +6,10 @@
 One table a group, in the order in which the benchmarks ran: median time with the 20th and 80th percentile, speed
 against the group's first row (below 1 is slower), and the rates that the benchmark recorded.
 
-Where rows name their op, one table a shape: useful work per second, its share of the roofline, memory beyond the
-inputs, by how much the pattern can at best beat dense attention (ceiling), the error against float64, and the times of
-the other ops on the same case over the row's (below 1: the row loses; dense causal attention counts in every pattern).
+Where rows name their op, one table a shape: what of these was recorded, useful work per second, its share of the
+roofline, memory beyond the inputs, a cache's, by how much the pattern can at best beat dense attention (ceiling), the
+error against float64; and the times of the other ops on the same case over the row's (below 1: the row loses; dense
+causal attention counts in every pattern).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +75,21 @@ def _table(name: str, rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+_OP_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # extra info: title, text
+    "tflop_per_s": ("TFLOP/s", lambda rate: _round(rate)),
+    "roofline": ("roofline", lambda share: f"{100 * share:.0f}%"),
+    "peak_bytes": ("memory", lambda size: f"{_round(size / 2**20)} MiB"),
+    "cache_bytes": ("cache", lambda size: f"{_round(size / 2**20)} MiB"),
+    "mask_ceiling": ("ceiling", lambda ratio: f"{ratio:.2f}"),
+    "error": ("error", lambda error: f"{error:.1e}"),
+}
+
+
 def _op_table(title: str, rows: list[dict[str, Any]]) -> list[str]:
     rivals = list(dict.fromkeys(row["extra_info"]["op"] for row in rows))
     rivals = [op for op in rivals if any(op in row["extra_info"]["slower"] for row in rows)]
-    titles = ["pattern", "op", "median", "p20 to p80", "rounds", "TFLOP/s", "roofline", "memory", "ceiling", "error"]
+    columns = {key: column for key, column in _OP_COLUMNS.items() if any(key in row["extra_info"] for row in rows)}
+    titles = ["pattern", "op", "median", "p20 to p80", "rounds", *(name for name, _ in columns.values())]
     titles += [f"{op} / op" for op in rivals]
     lines = ["", f"### {title}", "", _line(titles), _line(["---"] * 2 + ["--:"] * (len(titles) - 2))]
     for row in rows:
@@ -88,11 +101,7 @@ def _op_table(title: str, rows: list[dict[str, Any]]) -> list[str]:
             f"{_milliseconds(stats['median'])} ms",
             f"{_milliseconds(low)} to {_milliseconds(high)}",
             str(stats["rounds"]),
-            _round(info["tflop_per_s"]),
-            f"{100 * info['roofline']:.0f}%",
-            "" if info["peak_bytes"] is None else f"{_round(info['peak_bytes'] / 2**20)} MiB",
-            f"{info['mask_ceiling']:.2f}" if "mask_ceiling" in info else "",
-            f"{info['error']:.1e}",
+            *("" if info.get(key) is None else text(info[key]) for key, (_, text) in columns.items()),
             *(f"{info['slower'][op]:.2f}" if op in info["slower"] else "" for op in rivals),
         ]
         lines.append(_line(cells))
