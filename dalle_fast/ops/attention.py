@@ -27,7 +27,6 @@ from dalle_fast.ops.checks import (
 from dalle_fast.patterns import Pattern
 
 MAX_HEAD_DIM = 256
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KERNEL_BACKENDS = ("triton", "cpp")
 
 
@@ -95,7 +94,7 @@ def attention(
     if text_lens is not None:
         check_text_lens(text_lens, batch, pattern, query.device)
 
-    kernel = _choose_kernel(backend, query)
+    kernel = backends.choose_kernel("attention", backend, query.device, query.dtype)
     if kernel is not None:
         factor = head_dim**-0.5 if scale is None else float(scale)
         op = attention_registration.attention
@@ -142,7 +141,7 @@ def attention_qkvpacked(
     check_pattern(pattern)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must have shape (B, S, 3, H, D), got {shape_of(qkv)}")
-    kernel = _choose_kernel(backend, qkv)
+    kernel = backends.choose_kernel("attention", backend, qkv.device, qkv.dtype)
     if kernel is None:
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         out = attention(query, key, value, pattern, text_lens=text_lens, scale=scale, backend=backend)
@@ -196,29 +195,6 @@ def _check_sizes(length: int, head_dim: int, pattern: Pattern) -> None:
     check_head_dim(head_dim)
     if not 1 <= length <= pattern.seq_len:
         raise ValueError(f"the sequence must have 1..{pattern.seq_len} positions, as the pattern, got {length}")
-
-
-def _choose_kernel(backend: str, query: Tensor) -> str | None:
-    """The kernels that ``backend`` means for ``query``, "triton" or "cpp"; None is plain PyTorch."""
-    if backend == "reference":
-        return None
-    device, is_taken = query.device, query.dtype in _KERNEL_DTYPES
-    if backend == "auto":
-        if is_taken and device.type == "cpu" and backends.has_cpp_backend(device):
-            return "cpp"
-        return "triton" if is_taken and backends.has_triton_backend(device) else None
-    if not is_taken:
-        raise TypeError(
-            f'backend "{backend}" of attention takes float32, float16 and bfloat16, got {query.dtype}; '
-            'use backend="reference"'
-        )
-    if backend == "triton":
-        backends.require_triton_backend(device)
-    else:
-        backends.require_cpp_backend(device)
-        if device.type != "cpu":
-            raise RuntimeError(f'backend "cpp" of attention runs on cpu tensors, got {device}; use backend="triton"')
-    return backend
 
 
 def _check_last_dim(name: str, tensor: Tensor) -> None:

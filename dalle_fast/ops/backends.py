@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 BUILD_COMMAND = "pip install --no-build-isolation ."
+KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 OLDEST_GPU = (8, 0)  # compute capability that the Triton kernels are compiled and tuned for: Ampere
 
 
@@ -104,6 +105,44 @@ def require_triton_backend(device: torch.device) -> None:
     cause = _missing_for_triton(device)
     if cause is not None:
         raise RuntimeError(f'backend="triton" is not available: {cause}')
+
+
+def choose_kernel(
+    op: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES,
+) -> str | None:
+    """The kernels that ``backend`` means for such tensors, "triton" or "cpp"; None is plain PyTorch.
+
+    Args:
+        op: public name of an op with Triton kernels for CUDA tensors and C++ ones for CPU tensors.
+        backend: "auto", "triton", "cpp" or "reference".
+        dtypes: what its kernels take.
+
+    Raises:
+        TypeError: another dtype, for a backend that was asked for by name.
+        RuntimeError: a backend that is not there, with the cause and the remedy.
+    """
+    if backend == "reference":
+        return None
+    is_taken = dtype in dtypes
+    if backend == "auto":
+        if is_taken and device.type == "cpu" and has_cpp_backend(device):
+            return "cpp"
+        return "triton" if is_taken and has_triton_backend(device) else None
+    if not is_taken:
+        names = [str(taken).removeprefix("torch.") for taken in dtypes]
+        listed = " and ".join(filter(None, (", ".join(names[:-1]), names[-1])))
+        raise TypeError(f'backend "{backend}" of {op} takes {listed}, got {dtype}; use backend="reference"')
+    if backend == "triton":
+        require_triton_backend(device)
+    else:
+        require_cpp_backend(device)
+        if device.type != "cpu":
+            raise RuntimeError(f'backend "cpp" of {op} runs on cpu tensors, got {device}; use backend="triton"')
+    return backend
 
 
 def available() -> dict[str, Any]:

@@ -21,7 +21,6 @@ from dalle_fast.ops.checks import (
 )
 
 REDUCTIONS = ("mean", "sum", "none")
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KERNEL_BACKENDS = ("triton", "cpp")
 # Logits up to which "auto" takes plain PyTorch on a CPU: 1 MB. There the kernels save no time, and the memory is small.
 _SMALL_ELEMENTS = 1 << 18
@@ -77,7 +76,9 @@ def linear_cross_entropy(
         raise ValueError(f"target must have shape {shape_of(hidden)[:-1]}, got {shape_of(target)}")
     if target.device != hidden.device:
         raise ValueError(f"target must be on {hidden.device}, got {target.device}")
-    kernel = _choose_kernel(backend, hidden, target.numel() * weight.shape[0])
+    kernel = backends.choose_kernel("linear_cross_entropy", backend, hidden.device, hidden.dtype)
+    if backend == "auto" and kernel == "cpp" and target.numel() * weight.shape[0] <= _SMALL_ELEMENTS:
+        kernel = None
     if kernel is not None:
         needed = [_needs_grad(tensor) for tensor in (hidden, weight, bias)]
         op = cross_entropy_registration.linear_cross_entropy
@@ -88,31 +89,6 @@ def linear_cross_entropy(
         return reference.linear_cross_entropy(
             hidden, weight, target, bias=bias, ignore_index=ignore_index, reduction=reduction
         )
-
-
-def _choose_kernel(backend: str, hidden: Tensor, num_logits: int) -> str | None:
-    """The kernels that ``backend`` means for ``hidden``, "triton" or "cpp"; None is plain PyTorch."""
-    if backend == "reference":
-        return None
-    is_taken, device = hidden.dtype in _KERNEL_DTYPES, hidden.device
-    if backend == "auto":
-        if is_taken and device.type == "cpu" and backends.has_cpp_backend(device):
-            return "cpp" if num_logits > _SMALL_ELEMENTS else None
-        return "triton" if is_taken and backends.has_triton_backend(device) else None
-    if not is_taken:
-        raise TypeError(
-            f'backend "{backend}" of linear_cross_entropy takes float32, float16 and bfloat16, got {hidden.dtype}; '
-            'use backend="reference"'
-        )
-    if backend == "triton":
-        backends.require_triton_backend(device)
-    else:
-        backends.require_cpp_backend(device)
-        if device.type != "cpu":
-            raise RuntimeError(
-                f'backend "cpp" of linear_cross_entropy runs on cpu tensors, got {device}; use backend="triton"'
-            )
-    return backend
 
 
 def _needs_grad(tensor: Tensor | None) -> bool:

@@ -82,7 +82,9 @@ def draw_token(
     """
     check_backend("draw_token", backend, ("triton", "cpp"))
     check_sampling(temperature, top_k, top_p, cond_scale, codes=logits.shape[1])
-    kernel = _choose_kernel(backend, logits)
+    kernel = backends.choose_kernel("draw_token", backend, logits.device, logits.dtype, (torch.float32,))
+    if backend == "auto" and kernel == "triton" and logits.shape[1] > _TRITON_CODES:
+        kernel = None
     if kernel is None:
         _draw_in_pytorch(logits, seeds, position, tokens, scores, keep, temperature, top_k, top_p, cond_scale)
         return
@@ -123,27 +125,6 @@ def _draw_in_pytorch(
         likelihoods = conditional.log_softmax(dim=-1).gather(-1, drawn[:, None]).squeeze(-1)
     tokens.index_copy_(1, column, drawn[:, None])
     scores += likelihoods
-
-
-def _choose_kernel(backend: str, logits: Tensor) -> str | None:
-    """The kernel that ``backend`` means for ``logits``, "triton" or "cpp"; None is plain PyTorch."""
-    if backend == "reference":
-        return None
-    device, is_taken = logits.device, logits.dtype == torch.float32
-    if backend == "auto":
-        if is_taken and device.type == "cpu" and backends.has_cpp_backend(device):
-            return "cpp"
-        is_taken = is_taken and logits.shape[1] <= _TRITON_CODES
-        return "triton" if is_taken and backends.has_triton_backend(device) else None
-    if not is_taken:
-        raise TypeError(f'backend "{backend}" of draw_token takes float32, got {logits.dtype}; use backend="reference"')
-    if backend == "triton":
-        backends.require_triton_backend(device)
-    else:
-        backends.require_cpp_backend(device)
-        if device.type != "cpu":
-            raise RuntimeError(f'backend "cpp" of draw_token runs on cpu tensors, got {device}; use backend="triton"')
-    return backend
 
 
 @define_op(

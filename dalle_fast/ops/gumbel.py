@@ -25,7 +25,6 @@ from dalle_fast.ops.checks import (
 from dalle_fast.reference import GumbelOutput
 from dalle_fast.reference.gumbel import draw_seed
 
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _KERNEL_BACKENDS = ("triton", "cpp")
 
 __all__ = ["GumbelOutput", "gumbel_quantize", "gumbel_softmax"]
@@ -67,7 +66,7 @@ def gumbel_softmax(
     check_backend("gumbel_softmax", backend, _KERNEL_BACKENDS)
     check_floating(logits=logits)
     _check_draw(logits, tau, dim, seed)
-    kernel = _choose_kernel("gumbel_softmax", backend, logits)
+    kernel = backends.choose_kernel("gumbel_softmax", backend, logits.device, logits.dtype)
     if kernel is not None:
         op = gumbel_registration.gumbel_softmax
         weights, stats = op(logits, _seed_tensor(seed, kernel, logits), _tau_tensor(tau), hard, dim, kernel)
@@ -117,7 +116,7 @@ def gumbel_quantize(
     num_codes = logits.shape[dim]
     if codebook.dim() != 2 or codebook.shape[0] != num_codes:
         raise ValueError(f"codebook must have shape ({num_codes}, D), got {shape_of(codebook)}")
-    kernel = _choose_kernel("gumbel_quantize", backend, logits)
+    kernel = backends.choose_kernel("gumbel_quantize", backend, logits.device, logits.dtype)
     if kernel is not None:
         op = gumbel_registration.gumbel_quantize
         quantized, indices, kl, stats, _ = op(
@@ -138,29 +137,6 @@ def _check_draw(logits: Tensor, tau: float, dim: int, seed: int | Tensor | None)
     if logits.shape[dim] == 0:
         raise ValueError(f"logits must have at least one code in dimension {dim}, got shape {shape_of(logits)}")
     _check_seed(seed)
-
-
-def _choose_kernel(op: str, backend: str, logits: Tensor) -> str | None:
-    """The kernels that ``backend`` means for ``logits``, "triton" or "cpp"; None is plain PyTorch."""
-    device, is_taken = logits.device, logits.dtype in _KERNEL_DTYPES
-    if backend == "auto":
-        if is_taken and device.type == "cpu" and backends.has_cpp_backend(device):
-            return "cpp"
-        return "triton" if is_taken and backends.has_triton_backend(device) else None
-    if backend == "reference":
-        return None
-    if not is_taken:
-        raise TypeError(
-            f'backend "{backend}" of {op} takes float32, float16 and bfloat16, got {logits.dtype}; '
-            'use backend="reference"'
-        )
-    if backend == "triton":
-        backends.require_triton_backend(device)
-    else:
-        backends.require_cpp_backend(device)
-        if device.type != "cpu":
-            raise RuntimeError(f'backend "cpp" of {op} runs on cpu tensors, got {device}; use backend="triton"')
-    return backend
 
 
 def _tau_tensor(tau: float) -> Tensor:

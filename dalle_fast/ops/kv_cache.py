@@ -27,8 +27,6 @@ from dalle_fast.ops.checks import (
 from dalle_fast.ops.registration import define_op
 from dalle_fast.patterns import Pattern
 
-_KERNEL_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 if backends.extension is not None:
     torch.library.register_fake("dalle_fast::attention_with_kvcache_cpu", lambda *args: None)
 
@@ -224,33 +222,8 @@ def bind_attention(
 
 
 def choose_kernel(backend: str, cache: KVCache) -> str | None:
-    """The kernel that ``backend`` means for ``cache``, "triton" or "cpp"; None is plain PyTorch.
-
-    Raises:
-        TypeError: a dtype that the kernel does not take.
-        RuntimeError: a backend that is not there, with the cause and the remedy.
-    """
-    if backend == "reference":
-        return None
-    device, is_taken = cache.device, cache.dtype in _KERNEL_DTYPES
-    if backend == "auto":
-        if is_taken and device.type == "cpu" and backends.has_cpp_backend(device):
-            return "cpp"
-        return "triton" if is_taken and backends.has_triton_backend(device) else None
-    if not is_taken:
-        raise TypeError(
-            f'backend "{backend}" of attention_with_kvcache takes float32, float16 and bfloat16, got {cache.dtype}; '
-            'use backend="reference"'
-        )
-    if backend == "triton":
-        backends.require_triton_backend(device)
-    else:
-        backends.require_cpp_backend(device)
-        if device.type != "cpu":
-            raise RuntimeError(
-                f'backend "cpp" of attention_with_kvcache runs on cpu tensors, got {device}; use backend="triton"'
-            )
-    return backend
+    """See :func:`dalle_fast.ops.backends.choose_kernel`."""
+    return backends.choose_kernel("attention_with_kvcache", backend, cache.device, cache.dtype)
 
 
 def _check_room(cache: KVCache) -> None:
