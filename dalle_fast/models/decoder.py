@@ -15,11 +15,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from dalle_fast.models.transformer import PAD_ID, AttentionBlock, Dalle, LayerNorm
+from dalle_fast.models.transformer import PAD_ID, AttentionBlock, Dalle, LayerNorm, token_cross_entropy
 from dalle_fast.ops.attention import attention_qkvpacked
 from dalle_fast.ops.checks import without_autocast
-from dalle_fast.ops.cross_entropy import linear_cross_entropy
-from dalle_fast.ops.decode_linear import bind_decode_linear, decode_linear, has_decode_kernel
+from dalle_fast.ops.decode_linear import bind_decode_linear, has_decode_kernel
 from dalle_fast.ops.embed_token import embed_token
 from dalle_fast.ops.kv_cache import KVCache, attention_with_kvcache, bind_attention, choose_kernel
 
@@ -123,8 +122,9 @@ class Decoder:
                 states = _prefill_layer(layer, states, cache, groups)
             if not known:
                 return x.new_zeros(self.num_prompts)
+            weight, first = model.image_head.weight, model.config.text_states
             losses = [
-                _token_losses(model.norm(part)[:, model.config.text_states :], model.image_head.weight, tokens)
+                token_cross_entropy(model.norm(part)[:, first:], weight, tokens, reduction="none")
                 for part, tokens in zip(states, image_tokens.split(len(states[0])), strict=True)
             ]
         return -torch.cat(losses)[: self.num_prompts].sum(dim=1)
@@ -149,28 +149,17 @@ class Decoder:
             return self._logits
 
     def _run_layers(self, x: Tensor) -> Tensor:
-        """Layers and logits through PyTorch's products."""
+        """Layers and logits through the model's own modules."""
         for layer, cache in zip(self.model.layers, self.caches, strict=True):
-            block, mlp = layer["attention"], layer["mlp"]
-            qkv = decode_linear(x, block.qkv.weight, block.qkv.bias, norm=_norm_of(block.norm))
-            if qkv.dtype not in (torch.float32, cache.dtype):
-                qkv = qkv.float()  # as in _prefill_layer: the cache rounds
-            query, key, value = qkv.view(self.rows, 3, block.heads, 1, block.head_dim).unbind(1)
+            block: AttentionBlock = layer["attention"]
+            qkv = _as_cache_takes_it(block.project_qkv(x), cache)
+            query, key, value = qkv.unsqueeze(3).unbind(1)  # each (rows, H, 1, D)
             if self._kernel is None:
                 attended = attention_with_kvcache(query, key, value, cache)
             else:
                 attended = query.new_empty(query.shape)
                 bind_attention(query, key, value, cache, attended, kernel=self._kernel)()
-            attended = attended.reshape(self.rows, -1)
-            x = decode_linear(attended, block.projection.weight, block.projection.bias, residual=x)
-            hidden = decode_linear(
-                x,
-                mlp.expand.weight,
-                mlp.expand.bias,
-                norm=_norm_of(mlp.norm),
-                activation=self.model.config.activation,
-            )
-            x = decode_linear(hidden, mlp.contract.weight, mlp.contract.bias, residual=x)
+            x = layer["mlp"](x + block.project(attended.squeeze(2)))
         return self.model.image_logits(self.model.norm(x))
 
     def _bind_layers(self) -> list[Callable[[], object]]:
@@ -232,6 +221,11 @@ def _norm_of(norm: LayerNorm) -> tuple[Tensor, Tensor, float]:
     return norm.weight, norm.bias, norm.eps
 
 
+def _as_cache_takes_it(qkv: Tensor, cache: KVCache) -> Tensor:
+    """In the cache's dtype or in float32, which the cache rounds."""
+    return qkv if qkv.dtype in (torch.float32, cache.dtype) else qkv.float()
+
+
 def _prefill_layer(layer: nn.ModuleDict, states: list[Tensor], cache: KVCache, groups: list[int]) -> list[Tensor]:
     """The layer on the first states of sequences, (P, S, width) in parts.
 
@@ -240,16 +234,9 @@ def _prefill_layer(layer: nn.ModuleDict, states: list[Tensor], cache: KVCache, g
     block: AttentionBlock = layer["attention"]
     packed = [block.project_qkv(part) for part in states]
     kept = torch.cat(packed)[groups].permute(2, 0, 3, 1, 4)[1:]  # keys and values, each (P, H, S, D)
-    cache.prefill(*(kept if kept.dtype in (torch.float32, cache.dtype) else kept.float()))
+    cache.prefill(*_as_cache_takes_it(kept, cache))
     after = []
     for part, qkv in zip(states, packed, strict=True):
         attended = attention_qkvpacked(qkv, block.pattern)
         after.append(layer["mlp"](part + block.project(attended)))
     return after
-
-
-def _token_losses(hidden: Tensor, weight: nn.Parameter, tokens: Tensor) -> Tensor:
-    """(P, m) cross-entropies of tokens (P, m) under states (P, m, width)."""
-    if hidden.dtype != weight.dtype:
-        hidden, weight = hidden.float(), weight.float()
-    return linear_cross_entropy(hidden, weight.detach(), tokens, reduction="none")

@@ -346,13 +346,16 @@ class Dalle(nn.Module):
             )
         text_hidden, image_hidden = self._hidden(text, image_tokens)
         ignore = -100 if self.config.predict_pads else PAD_ID
-        text_loss = _cross_entropy(text_hidden, self.text_head.weight, text, ignore)
-        image_loss = _cross_entropy(image_hidden, self.image_head.weight, image_tokens, -100)
+        text_loss = token_cross_entropy(text_hidden, self.text_head.weight, text, ignore_index=ignore)
+        image_loss = token_cross_entropy(image_hidden, self.image_head.weight, image_tokens)
         weight = self.config.text_loss_weight
         return DalleLoss(weight * text_loss + (1 - weight) * image_loss, text_loss.detach(), image_loss.detach())
 
 
-def _cross_entropy(hidden: Tensor, weight: Tensor, target: Tensor, ignore_index: int) -> Tensor:
+def token_cross_entropy(
+    hidden: Tensor, weight: Tensor, tokens: Tensor, reduction: str = "mean", ignore_index: int = -100
+) -> Tensor:
+    """Cross-entropy of ``tokens`` under normalised states (..., width) and an unembedding, in float32 or wider."""
     if hidden.dtype != weight.dtype:
         hidden, weight = hidden.float(), weight.float()
-    return linear_cross_entropy(hidden, weight, target, ignore_index=ignore_index)
+    return linear_cross_entropy(hidden, weight, tokens, ignore_index=ignore_index, reduction=reduction)

@@ -1,8 +1,8 @@
 """A linear layer with LayerNorm before it, and activation and residual after it, for the few rows of a decoding step.
 
 What it computes is defined by ``dalle_fast.reference.decode_linear``. With so few rows the time is that of reading the
-weights: on a CPU it is one pass over them in C++, with float32 activations whatever the weights' dtype is, the same
-bits for a row whatever rows are beside it; elsewhere it is PyTorch's own product.
+weights: it is one pass over them in C++, with float32 activations whatever the weights' dtype is, and the same bits for
+a row whatever rows are beside it. It is for CPUs alone; elsewhere the model's own modules do the same.
 """
 
 from __future__ import annotations
@@ -13,13 +13,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from dalle_fast import reference
 from dalle_fast.ops import backends
 from dalle_fast.reference.decode_linear import ACTIVATIONS
 
-__all__ = ["ACTIVATIONS", "bind_decode_linear", "decode_linear", "has_decode_kernel"]
+__all__ = ["ACTIVATIONS", "bind_decode_linear", "has_decode_kernel"]
 
-_WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _ACTIVATION_CODES = {None: 0, "fast_gelu": 1, "gelu": 2, "gelu_tanh": 3}
 
 if backends.extension is not None:
@@ -28,20 +26,7 @@ if backends.extension is not None:
 
 def has_decode_kernel(weight: Tensor) -> bool:
     """Whether the C++ kernel runs on such weights."""
-    return weight.device.type == "cpu" and weight.dtype in _WEIGHT_DTYPES and backends.extension is not None
-
-
-def decode_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    *,
-    norm: tuple[Tensor, Tensor, float] | None = None,
-    activation: str | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
-    """residual + act(weight LayerNorm(x) + bias) through PyTorch's product: see the reference; unchecked."""
-    return reference.decode_linear(x, weight, bias, norm=norm, activation=activation, residual=residual)
+    return weight.device.type == "cpu" and weight.dtype in backends.KERNEL_DTYPES and backends.extension is not None
 
 
 def bind_decode_linear(
