@@ -26,6 +26,22 @@ def _fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def _loop_bounds(monkeypatch):
+    """NumPy 2.4 takes no array of one element for an integer, as which the interpreter of Triton 3.6 hands it over."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return
+    from triton.runtime import interpreter
+
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_tensor_and_index(tensor, scope):
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_and_index)
+
+
 @pytest.fixture(params=["scalar", "avx2", "avx512"])
 def level(request):
     """Runs the test at each CPU level that this machine has."""

@@ -21,7 +21,8 @@ from helpers import (
 )
 from torch import Tensor
 
-from dalle_fast.ops.attention import _choose_kernel, attention, attention_qkvpacked
+from dalle_fast.ops import backends
+from dalle_fast.ops.attention import attention, attention_qkvpacked
 from dalle_fast.patterns import Column, Conv, Full, Row
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -86,7 +87,7 @@ def test_model_on_cuda():
 @needs_gpu
 @each_dtype
 def test_cuda_tensors_take_triton(dtype):
-    assert _choose_kernel("auto", torch.empty(1, 1, 4, 16, device="cuda", dtype=dtype)) == "triton"
+    assert backends.choose_kernel("attention", "auto", torch.device("cuda"), dtype) == "triton"
 
 
 @needs_gpu

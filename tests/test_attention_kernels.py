@@ -6,13 +6,11 @@ in a process of its own. What the interpreter cannot show (registers, bfloat16, 
 
 import math
 import mmap
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from helpers import assert_within_budget, every_pattern, pattern_id
+from interpreter import INTERPRETED, interpreted, run_interpreted
 from torch import Tensor
 
 from dalle_fast import reference
@@ -21,37 +19,14 @@ from dalle_fast.reference.attention import visible_keys
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter, see test_in_the_interpreter")
-
-from dalle_fast.kernels.attention_backward import attention_bwd, plan_bwd  # noqa: E402
-from dalle_fast.kernels.attention_forward import attention_fwd, plan_fwd  # noqa: E402
-from dalle_fast.kernels.common import H200, Tiles  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def _loop_bounds(monkeypatch):
-    """NumPy 2.4 takes no array of one element for an integer, as which the interpreter of Triton 3.6 hands it over."""
-    if not INTERPRETED:
-        return
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch_tensor_and_index(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_and_index)
+from dalle_fast.kernels.attention_backward import attention_bwd, plan_bwd
+from dalle_fast.kernels.attention_forward import attention_fwd, plan_fwd
+from dalle_fast.kernels.common import H200, Tiles
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
 def test_in_the_interpreter():
-    command = [sys.executable, "-P", "-W", "ignore", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert " passed" in result.stdout
+    run_interpreted(__file__)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="the compiled kernels")

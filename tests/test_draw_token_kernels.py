@@ -5,53 +5,28 @@ is imported.
 """
 
 import math
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from helpers import assert_within_budget
+from interpreter import INTERPRETED, interpreted, run_interpreted
 from torch import Tensor
 
 from dalle_fast import reference
-from dalle_fast.ops.draw_token import _choose_kernel, draw_token
+from dalle_fast.ops.draw_token import choose_kernel, draw_token
 from dalle_fast.reference import filter_logits
 from dalle_fast.reference.philox import philox
 
 pytest.importorskip("triton")
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter, see test_in_the_interpreter")
-
-import triton  # noqa: E402
-import triton.language as tl  # noqa: E402
-from dalle_fast.kernels.draw_token import MOST_CODES, draw_step, noise_codes, noise_words  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def _loop_bounds(monkeypatch):
-    """NumPy 2.4 takes no array of one element for an integer, as which the interpreter of Triton 3.6 hands it over."""
-    if not INTERPRETED:
-        return
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch_tensor_and_index(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_and_index)
+import triton
+import triton.language as tl
+from dalle_fast.kernels.draw_token import MOST_CODES, draw_step, noise_codes, noise_words
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
 def test_in_the_interpreter():
-    command = [sys.executable, "-P", "-W", "ignore", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert " passed" in result.stdout
+    run_interpreted(__file__)
 
 
 LENGTH = 7
@@ -274,5 +249,5 @@ def test_auto_leaves_too_many_codes_to_the_reference(monkeypatch):
 
     monkeypatch.setattr(op.backends, "has_triton_backend", lambda device: True)
     monkeypatch.setattr(op.backends, "has_cpp_backend", lambda device: False)
-    assert _choose_kernel("auto", torch.empty(1, MOST_CODES, device="meta")) == "triton"
-    assert _choose_kernel("auto", torch.empty(1, MOST_CODES + 1, device="meta")) is None
+    assert choose_kernel("auto", torch.empty(1, MOST_CODES, device="meta")) == "triton"
+    assert choose_kernel("auto", torch.empty(1, MOST_CODES + 1, device="meta")) is None

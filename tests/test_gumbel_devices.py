@@ -12,7 +12,8 @@ from helpers import assert_within_budget, needs_extension
 from torch import Tensor
 
 from dalle_fast import reference
-from dalle_fast.ops.gumbel import _choose_kernel, _seed_tensor, gumbel_quantize, gumbel_softmax
+from dalle_fast.ops import backends
+from dalle_fast.ops.gumbel import _seed_tensor, gumbel_quantize, gumbel_softmax
 from dalle_fast.reference.gumbel import kl_from_uniform
 
 OPS = torch.ops.dalle_fast
@@ -85,8 +86,8 @@ def assert_same_bits(actual, expected) -> None:
 @each_dtype
 def test_cuda_tensors_take_triton(dtype):
     logits = torch.empty(2, 8, device="cuda", dtype=dtype)
-    assert _choose_kernel("gumbel_softmax", "auto", logits) == "triton"
-    assert _choose_kernel("gumbel_softmax", "auto", logits.double()) is None
+    assert backends.choose_kernel("gumbel_softmax", "auto", logits.device, logits.dtype) == "triton"
+    assert backends.choose_kernel("gumbel_softmax", "auto", logits.device, torch.float64) is None
 
 
 @needs_gpu

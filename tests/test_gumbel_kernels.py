@@ -6,14 +6,12 @@ is imported. What the interpreter cannot show (registers, bfloat16, races, appro
 
 import math
 import mmap
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from helpers import assert_within_budget
+from interpreter import INTERPRETED, interpreted, run_interpreted
 from torch import Tensor
 
 from dalle_fast import reference
@@ -21,48 +19,23 @@ from dalle_fast.reference.gumbel import kl_from_uniform
 
 pytest.importorskip("triton")
 
+from dalle_fast.kernels.common import H200
+from dalle_fast.kernels.gumbel import gumbel_fwd, gumbel_weights, plan_fwd
+from dalle_fast.kernels.gumbel_backward import gumbel_bwd, plan_bwd
+from dalle_fast.kernels.gumbel_tiles import GumbelTiles
+
+from dalle_fast.ops.gumbel import gumbel_quantize, gumbel_softmax
+
 # By time: that of the other half is about the same.
 HALF_OF_THE_TESTS = "float16 or large_and_equal or widths"
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-interpreted = pytest.mark.skipif(not INTERPRETED, reason="runs in the interpreter, see test_in_the_interpreter")
-
-from dalle_fast.kernels.common import H200  # noqa: E402
-from dalle_fast.kernels.gumbel import gumbel_fwd, gumbel_weights, plan_fwd  # noqa: E402
-from dalle_fast.kernels.gumbel_backward import gumbel_bwd, plan_bwd  # noqa: E402
-from dalle_fast.kernels.gumbel_tiles import GumbelTiles  # noqa: E402
-
-from dalle_fast.ops.gumbel import gumbel_quantize, gumbel_softmax  # noqa: E402
-
-
-@pytest.fixture(autouse=True)
-def _loop_bounds(monkeypatch):
-    """NumPy 2.4 takes no array of one element for an integer, as which the interpreter of Triton 3.6 hands it over."""
-    if not INTERPRETED:
-        return
-    from triton.runtime import interpreter
-
-    patch_tensor = interpreter._patch_lang_tensor
-
-    def patch_tensor_and_index(tensor, scope):
-        patch_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch_tensor_and_index)
 
 
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter")
 def test_in_the_interpreter():
     """All tests below, half of them in each of two processes."""
-    command = [sys.executable, "-P", "-W", "ignore", "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__]
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-
-    def run_half(selected: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([*command, "-k", selected], env=environment, capture_output=True, text=True)
-
     with ThreadPoolExecutor() as pool:
-        for result in pool.map(run_half, (HALF_OF_THE_TESTS, f"not ({HALF_OF_THE_TESTS})")):
-            assert result.returncode == 0, result.stdout + result.stderr
-            assert " passed" in result.stdout
+        halves = (HALF_OF_THE_TESTS, f"not ({HALF_OF_THE_TESTS})")
+        list(pool.map(lambda half: run_interpreted(__file__, "-k", half), halves))
 
 
 def refused(dtype: torch.dtype, message: str) -> None:

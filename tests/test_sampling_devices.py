@@ -5,7 +5,7 @@ import torch
 from helpers import needs_extension, random_captions, tiny_dalle
 
 from dalle_fast import reference, sampling
-from dalle_fast.ops.draw_token import _choose_kernel, draw_token
+from dalle_fast.ops.draw_token import choose_kernel, draw_token
 from dalle_fast.sampling import Sampler
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -33,9 +33,9 @@ def make_draw(device: str, batch: int, codes: int, guided: bool):
 
 @needs_gpu
 def test_cuda_scores_take_triton():
-    assert _choose_kernel("auto", torch.empty(1, 8192, device="cuda")) == "triton"
-    assert _choose_kernel("auto", torch.empty(1, 8192, device="cuda", dtype=torch.float64)) is None
-    assert _choose_kernel("auto", torch.empty(1, 20_000, device="cuda")) is None
+    assert choose_kernel("auto", torch.empty(1, 8192, device="cuda")) == "triton"
+    assert choose_kernel("auto", torch.empty(1, 8192, device="cuda", dtype=torch.float64)) is None
+    assert choose_kernel("auto", torch.empty(1, 20_000, device="cuda")) is None
 
 
 @each_device

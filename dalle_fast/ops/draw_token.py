@@ -82,9 +82,7 @@ def draw_token(
     """
     check_backend("draw_token", backend, ("triton", "cpp"))
     check_sampling(temperature, top_k, top_p, cond_scale, codes=logits.shape[1])
-    kernel = backends.choose_kernel("draw_token", backend, logits.device, logits.dtype, (torch.float32,))
-    if backend == "auto" and kernel == "triton" and logits.shape[1] > _TRITON_CODES:
-        kernel = None
+    kernel = choose_kernel(backend, logits)
     if kernel is None:
         _draw_in_pytorch(logits, seeds, position, tokens, scores, keep, temperature, top_k, top_p, cond_scale)
         return
@@ -100,6 +98,13 @@ def draw_token(
         tokens,
         scores,
     )
+
+
+def choose_kernel(backend: str, logits: Tensor) -> str | None:
+    """See :func:`dalle_fast.ops.backends.choose_kernel`; "auto" gives Triton no more codes than it takes."""
+    kernel = backends.choose_kernel("draw_token", backend, logits.device, logits.dtype, (torch.float32,))
+    too_many = backend == "auto" and kernel == "triton" and logits.shape[1] > _TRITON_CODES
+    return None if too_many else kernel
 
 
 def _draw_in_pytorch(
