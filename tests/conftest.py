@@ -57,6 +57,15 @@ def level(request):
     extension.set_cpu_level(before)
 
 
+@pytest.fixture
+def one_thread():
+    """torch runs on one thread: work this small is done before a second one is awake."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def drawings(tmp_path_factory):
     """A folder of a few captioned drawings."""

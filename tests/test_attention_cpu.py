@@ -24,7 +24,7 @@ from dalle_fast.ops import backends
 from dalle_fast.ops.attention import attention
 from dalle_fast.patterns import Column, Conv, Full, Pattern, Row
 
-pytestmark = needs_extension
+pytestmark = [needs_extension, pytest.mark.usefixtures("one_thread")]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -43,15 +43,6 @@ def level(request):
         pytest.skip(str(error))
     yield request.param
     extension.set_cpu_level(before)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """torch runs on one thread: work this small is done before a second one is awake."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from dalle_fast import reference
 from dalle_fast.ops.kv_cache import KVCache, attention_with_kvcache, bind_attention
 from dalle_fast.patterns import Column, Conv, Full, Pattern, Row
 
-pytestmark = needs_extension
+pytestmark = [needs_extension, pytest.mark.usefixtures("one_thread")]
 
 
 class Kind(NamedTuple):
@@ -41,15 +41,6 @@ def kind_id(kind: Kind) -> str:
 
 
 each_kind = pytest.mark.parametrize("kind", KINDS, ids=kind_id)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """torch runs on one thread: work this small is done before a second one is awake."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 class Case(NamedTuple):

@@ -8,6 +8,7 @@
 #include "../common/adamw16.h"
 #include "../common/philox.h"
 #include "attention_tiles.h"
+#include "philox_lanes.h"
 #include "storage_lanes.h"
 
 namespace dalle_fast {
@@ -224,12 +225,13 @@ class NoiseBlock {
           __builtin_prefetch(stream + counter * kNoiseSharing + ahead);
         }
       }
-      const Wide product = multiply(group, Wide{} + kPhiloxLeft);
-      Wide c1 = multiply((product >> 32) ^ (Wide{} + first_key2), Wide{} + kPhiloxRight);
+      const Wide product = PhiloxLanes<kLevel>::multiply(group, Wide{} + kPhiloxLeft);
+      Wide c1 = PhiloxLanes<kLevel>::multiply((product >> 32) ^ (Wide{} + first_key2), Wide{} + kPhiloxRight);
       Wide c0 = (c1 >> 32) ^ (Wide{} + key0), c2 = (product & 0xffffffffu) ^ (Wide{} + key2), c3 = Wide{} + first_left;
 #pragma GCC unroll 8
       for (int round = 2; round < kRoundingNoiseRounds; ++round) {
-        const Wide left = multiply(c0, Wide{} + kPhiloxLeft), right = multiply(c2, Wide{} + kPhiloxRight);
+        const Wide left = PhiloxLanes<kLevel>::multiply(c0, Wide{} + kPhiloxLeft);
+        const Wide right = PhiloxLanes<kLevel>::multiply(c2, Wide{} + kPhiloxRight);
         c0 = (right >> 32) ^ c1 ^ (Wide{} + keys.low[round]);
         c2 = (left >> 32) ^ c3 ^ (Wide{} + keys.high[round]);
         c1 = right;
@@ -248,17 +250,6 @@ class NoiseBlock {
 
  private:
   alignas(64) uint32_t words_[kUpdateBlock / 2];
-
-  static DALLE_FAST_INLINE Wide multiply(Wide a, Wide b) {
-#if defined(__x86_64__) && !defined(__clang__)
-    if constexpr (kLevel != CpuLevel::kScalar) {
-      Wide product;
-      asm("vpmuludq %1, %2, %0" : "=v"(product) : "v"(a), "v"(b));
-      return product;
-    }
-#endif
-    return (a & 0xffffffffu) * (b & 0xffffffffu);
-  }
 
   static DALLE_FAST_INLINE Wide interleave(Wide a, Wide b, bool high) {
     if constexpr (kWide == 8) {

@@ -41,6 +41,7 @@ struct PhiloxLanes {
   static constexpr int kVectors = I::kVectors;
   using Wide = typename I::Wide;
 
+  // Of the low halves of a; b has no others.
   static DALLE_FAST_INLINE Wide multiply(Wide a, Wide b) {
 #if defined(__x86_64__) && !defined(__clang__)
     if constexpr (kLevel != CpuLevel::kScalar) {
