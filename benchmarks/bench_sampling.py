@@ -133,7 +133,7 @@ def middle_step(model: Dalle, count: int) -> tuple[Sampler, Callable[[], None]]:
     text, image = caption(model), torch.randint(IMAGE_CODES, (1, IMAGE_LEN), device=DEVICE)
     sampler = Sampler(model, 1, count)
     decoder = sampler.decoder
-    decoder.prefill(text, image[:, :half])
+    sampler._prefill(text, image[:, :half])
     sampler.tokens.copy_(image)
 
     def step() -> None:

@@ -23,12 +23,31 @@ STABLE_TORCH_LIBRARY(dalle_fast, m) {
   m.def(
       "decode_linear_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor? gain, Tensor? shift, float eps, int activation, "
       "Tensor? residual, Tensor(a!) out) -> ()");
+  // Whether the memory is in huge pages now.
+  m.def("use_huge_pages_cpu(Tensor tensor) -> bool");
   m.def(
       "embed_token_cpu(Tensor tokens, Tensor position, Tensor embedding, Tensor start, Tensor place, Tensor(a!) out) "
       "-> ()");
   m.def(
       "draw_token_cpu(Tensor logits, Tensor seeds, Tensor position, Tensor? keep, float temperature, int top_k, "
       "float top_p, float? cond_scale, Tensor(a!) tokens, Tensor(b!) scores) -> ()");
+  // What these four would do, to be done by run_decode_plan_cpu: one plan, or several one behind the other. A plan holds
+  // addresses; what lies there is changed, which a schema cannot say.
+  m.def(
+      "attention_with_kvcache_plan_cpu(Tensor query, Tensor key, Tensor value, Tensor text_key, Tensor text_value, "
+      "Tensor image_key, Tensor image_value, Tensor held, Tensor text_lens, int[] pattern, float scale, Tensor out) "
+      "-> Tensor");
+  m.def(
+      "decode_linear_plan_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor? gain, Tensor? shift, float eps, "
+      "int activation, Tensor? residual, Tensor out) -> Tensor");
+  m.def(
+      "embed_token_plan_cpu(Tensor tokens, Tensor position, Tensor embedding, Tensor start, Tensor place, Tensor out) "
+      "-> Tensor");
+  m.def(
+      "draw_token_plan_cpu(Tensor logits, Tensor seeds, Tensor position, Tensor? keep, float temperature, int top_k, "
+      "float top_p, float? cond_scale, Tensor tokens, Tensor scores) -> Tensor");
+  // `advance` is 1 more in the end.
+  m.def("run_decode_plan_cpu(Tensor plan, Tensor(a!)? advance) -> ()");
   m.def(
       "gumbel_forward_cpu(Tensor logits, Tensor? codebook, Tensor seed, float tau, Tensor(a!) stats, "
       "Tensor(b!) indices, Tensor(c!) kl, Tensor(d!)? relaxed) -> ()");

@@ -14,13 +14,14 @@ On a GPU the step is captured once as a CUDA graph and then replayed. Nothing in
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from dalle_fast.models.decoder import Decoder
 from dalle_fast.models.transformer import Dalle
-from dalle_fast.ops.draw_token import check_sampling, draw_token
+from dalle_fast.ops.draw_token import bind_draw_token, check_sampling, draw_token
 
 __all__ = ["Sampler", "check_sampling", "draw_seeds", "sample_tokens"]
 
@@ -79,6 +80,7 @@ class Sampler:
             self._seeds = torch.zeros(batch, dtype=torch.int64, device=device)
             self._scores = torch.zeros(batch, dtype=torch.float32, device=device)
         self._keeps = False
+        self._bound: Callable[[], None] | None = None
         self._graphs: dict[bool, torch.cuda.CUDAGraph] = {}
         self._warm: dict[bool, int] = {False: 0, True: 0}
         # Not the bound method itself: such a cycle would keep the caches until the next garbage collection.
@@ -126,7 +128,7 @@ class Sampler:
             self._tokens.copy_((tokens * keep).repeat_interleave(self.num_images, dim=0))
             known = int(keep.all(dim=0).cumprod(dim=0).sum())
         prefix = tokens[:, :known] if known else None
-        likelihoods = self.decoder.prefill(text, prefix)
+        likelihoods = self._prefill(text, prefix)
         self._scores += likelihoods.repeat_interleave(self.num_images)
         if known and on_token is not None:
             on_token(known)
@@ -138,13 +140,29 @@ class Sampler:
             raise FloatingPointError("the scores of the next token must be numbers, got NaN from the model")
         return self._tokens.clone(), self._scores.clone()
 
+    def _prefill(self, text: Tensor, prefix: Tensor | None) -> Tensor:
+        """See :meth:`dalle_fast.models.decoder.Decoder.prefill`; the steps that follow are those of this batch."""
+        likelihoods = self.decoder.prefill(text, prefix)
+        self._bound = self.decoder.bind_step(self._tokens, self._bind_draw)
+        return likelihoods
+
     def _token_step(self) -> None:
         """Draw the next token of every sample."""
+        if self._bound is not None:
+            self._bound()
+            return
         decoder = self.decoder
         logits = decoder.step(self._tokens)
         keep = self._keep if self._keeps else None
         draw_token(logits, self._seeds, decoder.position, self._tokens, self._scores, keep=keep, **self._settings)
         decoder.position += 1
+
+    def _bind_draw(self, logits: Tensor) -> partial:
+        """The draw in C++ as a call."""
+        keep, position = self._keep if self._keeps else None, self.decoder.position
+        return bind_draw_token(
+            logits, self._seeds, position, self._tokens, self._scores, keep=keep, **self._settings, kernel="cpp"
+        )
 
     def _advance(self) -> None:
         """One step, on a GPU with Triton by replaying the graph of it."""

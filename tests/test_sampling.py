@@ -9,6 +9,7 @@ from helpers import needs_extension, random_captions, random_image_tokens, tiny_
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from dalle_fast.models import decoder as decoder_module
 from dalle_fast.models.decoder import Decoder
 from dalle_fast.ops import backends
 from dalle_fast.reference import draw_token
@@ -322,3 +323,20 @@ def test_a_sampler_draws_with_the_weights_of_now():
             parameter *= -2
     found = sampler.run(text, seeds)
     assert all(map(torch.equal, found, sample_tokens(model, text, 2, seeds=seeds)))
+
+
+@needs_extension
+def test_large_matrices_of_a_step_move_to_huge_pages(monkeypatch):
+    moved = []
+    monkeypatch.setattr(decoder_module, "use_huge_pages", moved.append)
+    model = tiny_dalle()
+    expand, head = model.layers[0]["mlp"].expand.weight, model.image_head.weight
+    monkeypatch.setattr(decoder_module, "LARGE_MATRIX", min(expand.nbytes, head.nbytes))
+    Decoder(model, 1)
+    assert any(weight is expand for weight in moved)
+    assert any(weight is head for weight in moved)
+    assert not any(weight is model.text_embedding.weight for weight in moved)
+    moved.clear()
+    monkeypatch.setattr(decoder_module, "LARGE_MATRIX", 1 << 30)
+    Decoder(model, 1)
+    assert not moved

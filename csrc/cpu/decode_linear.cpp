@@ -2,14 +2,14 @@
 //
 //   out = residual + act(W LayerNorm(x) + b)
 //
-// Weights are read once, in place, in the order they lie in memory: with one row the time is that of reading them, and
-// two or four rows of weights read side by side take twice as long. A tile is as many pairs of weight row and x row as a
-// vector has lanes. Each pair has a vector of partial sums along K, and at the tile's end the vectors' lanes are added up
-// side by side (lane_sums.h). So a sum's order depends on K alone: a row of x gives the same bits whatever rows are
-// beside it, and for any number of threads.
+// Weights are read once, in place, in the order they lie in memory: with few rows of x the time is that of reading them,
+// and two or four rows of weights read side by side take twice as long. Each pair of a weight row and an x row has a
+// vector of partial sums along K, and the lanes of as many of these as a vector has lanes are added up side by side
+// (lane_sums.h). So a sum's order depends on K alone: a row of x gives the same bits whatever rows are beside it, and
+// for any number of threads.
 //
-// With several rows of x a tile's weights are first copied to scratch, step by step of a vector's length along K, and so
-// is x: [steps][rows of the tile][lanes], of which the loop reads one vector after the other.
+// x is laid out in groups of rows, [steps of a vector's length along K][rows of the group][lanes]. With more rows of it a
+// tile of weights is copied in the same way, and the loop over pairs reads one vector after the other.
 //
 // 16-bit weights are widened; all arithmetic is float32. Source of the polynomial for erf: Abramowitz and Stegun,
 // Handbook of Mathematical Functions, 7.1.26, absolute error 1.5e-7.
@@ -19,10 +19,9 @@
 #include <type_traits>
 
 #include "../common/checks.h"
+#include "decode_parts.h"
 #include "lane_sums.h"
 #include "storage_lanes.h"
-#include "thread_memory.h"
-#include "work_queue.h"
 
 namespace dalle_fast {
 namespace {
@@ -30,35 +29,24 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-enum class Activation { kNone, kFastGelu, kGelu, kGeluTanh };
-
-// Bytes of weights that a thread takes at a time.
-constexpr int64_t kChunkBytes = 65536;
-// Below this many products of two numbers a second thread costs more than it saves.
-constexpr int64_t kGrainProducts = 1 << 17;
+constexpr int64_t kChunkBytes = 65536;       // of weights that a thread takes at a time
+constexpr int64_t kItemNormElements = 4096;  // of x
 constexpr int kLineBytes = 64;
-constexpr int64_t kGrainNormElements = 32768;  // the same, of elements of x
-constexpr int64_t kMostSamples = 4;  // rows of x in a tile, at any level
-constexpr int64_t kMostLanes = 16;  // and rows of weights in a tile, at any level
+constexpr int64_t kRowsInPlace = 8;          // of x, up to which weights are read where they lie
+constexpr int64_t kColumnsOfFour = 1024;     // of a group of more than two rows that are to stay in the first cache
+constexpr int64_t kMostSamples = 4;          // rows of x in a group, at any level
+constexpr int64_t kMostLanes = 16;           // and rows of weights in a tile, at any level
 
 int64_t round_up(int64_t value, int64_t to) { return ceil_div(value, to) * to; }
 
-struct LinearArgs {
-  const float* x;  // groups of rows, as LinearTile has them
-  int64_t rows, columns;
-  const void* weight;  // (width, columns)
-  StorageType weight_type;
-  int64_t width;
-  const float* bias;      // (width), or null
-  const float* residual;  // (rows, width), or null; may be out
-  Activation activation;
-  float* out;  // (rows, width)
-};
-
-// How many rows of x a tile takes.
 template <CpuLevel kLevel>
-constexpr int64_t tile_samples(int64_t rows) {
-  return rows <= 2 ? rows : Isa<kLevel>::kLanes / 4 < 2 ? 2 : Isa<kLevel>::kLanes / 4;
+constexpr int64_t kGroup = Isa<kLevel>::kLanes == 16 ? 4 : 2;
+
+// Rows of x that meet a row of weights at once.
+template <CpuLevel kLevel>
+int64_t group_rows(int64_t rows, int64_t columns) {
+  if (rows == 1) return 1;
+  return rows == 2 || (rows <= kRowsInPlace && columns > kColumnsOfFour) ? 2 : kGroup<kLevel>;
 }
 
 template <CpuLevel kLevel>
@@ -75,22 +63,60 @@ struct LinearTile {
     return L::load(part);
   }
 
-  // sums[r] = w[r] . x, for rows of `count` one behind the other, of which the first `rows` are there.
-  template <class Weight>
-  static DALLE_FAST_INLINE void products_of_one(const Weight* w, int64_t rows, const float* x, int64_t count,
-                                                float* sums) {
-    Float partial[kLanes] = {};
-    const int64_t whole = count / kLanes * kLanes;
+  // sums[s * stride + r] = w[r] . x[s], of w [rows][count], no more rows than lanes, and x [steps][kSamples][lanes].
+  template <int kSamples, class Weight>
+  static DALLE_FAST_INLINE void products_in_place(const Weight* w, int64_t rows, const float* x, int64_t count,
+                                                  float* sums, int64_t stride) {
+    Float partial[kSamples][kLanes] = {};
     for (int r = 0; r < rows; ++r) {
-      Float sum{};
-      // Unrolled, so that the CPU looks further ahead, over the ends of rows and pages.
-#pragma GCC unroll 8
-      for (int64_t k = 0; k < whole; k += kLanes) sum += L::load(w + k) * L::load(x + k);
-      if (whole < count) sum += load_part(w + whole, count - whole) * L::load(x + whole);
-      partial[r] = sum;
+      Float row[kSamples];
+      row_products<kSamples>(w, x, count, row);
+#pragma GCC unroll 4
+      for (int s = 0; s < kSamples; ++s) partial[s][r] = row[s];
       w += count;
     }
-    I::store(sums, LaneSums<kLevel>::of(partial));
+#pragma GCC unroll 4
+    for (int s = 0; s < kSamples; ++s) I::store(sums + s * stride, LaneSums<kLevel>::of(partial[s]));
+  }
+
+  // Of one row, added up lane by lane.
+  template <int kSamples, class Weight>
+  static DALLE_FAST_INLINE void row_products(const Weight* w, const float* x, int64_t count, Float (&sums)[kSamples]) {
+    const int64_t whole = count / kLanes * kLanes;
+    // Unrolled, so that the CPU looks further ahead, over the ends of rows and pages.
+    if constexpr (kLanes == 16 && std::is_same_v<Weight, float>) {
+      // Zen 4 reads memory a fifth faster in loads of 32 bytes than in those of 64.
+      using Half8 = Isa<CpuLevel::kAvx2>;
+      typename Half8::Float low[kSamples] = {}, high[kSamples] = {};
+#pragma GCC unroll 8
+      for (int64_t k = 0; k < whole; k += kLanes) {
+        const auto left = Half8::load(w + k), right = Half8::load(w + k + Half8::kLanes);
+#pragma GCC unroll 4
+        for (int s = 0; s < kSamples; ++s) {
+          const float* values = x + k * kSamples + s * kLanes;
+          low[s] += left * Half8::load(values);
+          high[s] += right * Half8::load(values + Half8::kLanes);
+        }
+      }
+#pragma GCC unroll 4
+      for (int s = 0; s < kSamples; ++s) {
+        std::memcpy(&sums[s], &low[s], sizeof(low[s]));
+        std::memcpy(reinterpret_cast<char*>(&sums[s]) + sizeof(low[s]), &high[s], sizeof(high[s]));
+      }
+    } else {
+#pragma GCC unroll 4
+      for (int s = 0; s < kSamples; ++s) sums[s] = Float{};
+#pragma GCC unroll 8
+      for (int64_t k = 0; k < whole; k += kLanes) {
+        const Float weights = L::load(w + k);
+#pragma GCC unroll 4
+        for (int s = 0; s < kSamples; ++s) sums[s] += weights * I::load(x + k * kSamples + s * kLanes);
+      }
+    }
+    if (whole == count) return;
+    const Float weights = load_part(w + whole, count - whole);
+#pragma GCC unroll 4
+    for (int s = 0; s < kSamples; ++s) sums[s] += weights * I::load(x + whole * kSamples + s * kLanes);
   }
 
   // sums[s * kRows + r] = w[r] . x[s], of w [steps][kRows][lanes] and x [steps][lanes / kRows][lanes]. kAheadBytes of
@@ -152,38 +178,61 @@ struct LinearTile {
 struct LinearWorker {
   // Columns [begin, end) of out. sums is scratch for rows x (end - begin + kMostLanes), tile for a tile's weights.
   template <CpuLevel kLevel>
-  static DALLE_FAST_INLINE void run(const LinearArgs* args, int64_t begin, int64_t end, float* sums, float* tile) {
+  static DALLE_FAST_INLINE void run(const LinearPart* args, const float* x, int64_t begin, int64_t end, float* sums,
+                                    float* tile) {
     switch (args->weight_type) {
       case StorageType::kFloat:
-        return chunk<kLevel, float>(*args, begin, end, sums, tile);
+        return chunk<kLevel, float>(*args, x, begin, end, sums, tile);
       case StorageType::kHalf:
-        return chunk<kLevel, Half>(*args, begin, end, sums, tile);
+        return chunk<kLevel, Half>(*args, x, begin, end, sums, tile);
       case StorageType::kBfloat16:
-        return chunk<kLevel, Bfloat16>(*args, begin, end, sums, tile);
+        return chunk<kLevel, Bfloat16>(*args, x, begin, end, sums, tile);
     }
   }
 
   template <CpuLevel kLevel, class Weight>
-  static DALLE_FAST_INLINE void chunk(const LinearArgs& args, int64_t begin, int64_t end, float* sums, float* tile) {
-    constexpr int kLanes = Isa<kLevel>::kLanes;
+  static DALLE_FAST_INLINE void chunk(const LinearPart& args, const float* x, int64_t begin, int64_t end, float* sums,
+                                      float* tile) {
     const auto* weight = static_cast<const Weight*>(args.weight);
-    if (args.rows == 1) {
-      for (int64_t n = begin; n < end; n += kLanes) {
-        LinearTile<kLevel>::template products_of_one<Weight>(weight + n * args.columns, std::min<int64_t>(kLanes, end - n),
-                                                             args.x, args.columns, sums + (n - begin));
-      }
-    } else if (args.rows == 2) {
-      tiles<kLevel, Weight, kLanes / tile_samples<kLevel>(2)>(args, weight, begin, end, sums, tile);
+    if (args.rows > kRowsInPlace) {
+      tiles<kLevel, Weight, Isa<kLevel>::kLanes / kGroup<kLevel>>(args, x, weight, begin, end, sums, tile);
     } else {
-      tiles<kLevel, Weight, kLanes / tile_samples<kLevel>(3)>(args, weight, begin, end, sums, tile);
+      switch (group_rows<kLevel>(args.rows, args.columns)) {
+        case 1:
+          in_place<kLevel, Weight, 1>(args, x, weight, begin, end, sums);
+          break;
+        case 2:
+          in_place<kLevel, Weight, 2>(args, x, weight, begin, end, sums);
+          break;
+        default:
+          in_place<kLevel, Weight, kGroup<kLevel>>(args, x, weight, begin, end, sums);
+      }
     }
     const int64_t stride = end - begin + kMostLanes;
     for (int64_t row = 0; row < args.rows; ++row) finish<kLevel>(args, row, begin, end, sums + row * stride);
   }
 
+  template <CpuLevel kLevel, class Weight, int kSamples>
+  static DALLE_FAST_INLINE void in_place(const LinearPart& args, const float* inputs, const Weight* weight,
+                                         int64_t begin, int64_t end, float* sums) {
+    using Tile = LinearTile<kLevel>;
+    constexpr int kLanes = Tile::kLanes;
+    const int64_t columns = args.columns, group = ceil_div(columns, kLanes) * kSamples * kLanes;
+    const int64_t stride = end - begin + kMostLanes;
+    for (int64_t n = begin; n < end; n += kLanes) {
+      const int64_t count = std::min<int64_t>(kLanes, end - n);
+      const float* x = inputs;
+      for (int64_t row = 0; row < args.rows; row += kSamples) {
+        float* to = sums + row * stride + (n - begin);
+        Tile::template products_in_place<kSamples>(weight + n * columns, count, x, columns, to, stride);
+        x += group;
+      }
+    }
+  }
+
   template <CpuLevel kLevel, class Weight, int kRows>
-  static DALLE_FAST_INLINE void tiles(const LinearArgs& args, const Weight* weight, int64_t begin, int64_t end,
-                                      float* sums, float* tile) {
+  static DALLE_FAST_INLINE void tiles(const LinearPart& args, const float* inputs, const Weight* weight, int64_t begin,
+                                      int64_t end, float* sums, float* tile) {
     using Tile = LinearTile<kLevel>;
     using L = Lanes<kLevel>;
     constexpr int kLanes = Tile::kLanes, kSamples = kLanes / kRows;
@@ -197,7 +246,7 @@ struct LinearWorker {
         for (; k + kLanes <= args.columns; k += kLanes) L::store(to + k * kRows, L::load(row + k));
         if (k < args.columns) L::store(to + k * kRows, Tile::load_part(row + k, args.columns - k));
       }
-      const float* x = args.x;
+      const float* x = inputs;
       for (int64_t row = 0; row < args.rows; row += kSamples) {
         alignas(64) float products[kLanes];
         if (row == 0) {
@@ -217,7 +266,7 @@ struct LinearWorker {
 
   // Bias, activation and residual of a row's columns.
   template <CpuLevel kLevel>
-  static DALLE_FAST_INLINE void finish(const LinearArgs& args, int64_t row, int64_t begin, int64_t end,
+  static DALLE_FAST_INLINE void finish(const LinearPart& args, int64_t row, int64_t begin, int64_t end,
                                        const float* sums) {
     using Tile = LinearTile<kLevel>;
     using I = Isa<kLevel>;
@@ -242,23 +291,15 @@ struct LinearWorker {
   }
 };
 
-struct NormArgs {
-  const float* x;  // (rows, columns)
-  int64_t rows, columns;
-  const float *gain, *shift;  // (columns), or null: a copy
-  float eps;
-  float* out;  // groups of tile_samples rows, each [steps][samples][lanes]; zeros where x has no column or no row
-};
-
 struct NormWorker {
-  // Groups begin..end - 1.
+  // Groups begin..end - 1 of group_rows rows, each [steps][samples][lanes]; zeros where x has no column or no row.
   template <CpuLevel kLevel>
-  static DALLE_FAST_INLINE void run(const NormArgs* args, int64_t begin, int64_t end) {
+  static DALLE_FAST_INLINE void run(const NormPart* args, int64_t begin, int64_t end, float* out) {
     using I = Isa<kLevel>;
     const int64_t columns = args->columns, steps = ceil_div(columns, I::kLanes);
-    const int64_t samples = tile_samples<kLevel>(args->rows), size = steps * samples * I::kLanes;
+    const int64_t samples = group_rows<kLevel>(args->rows, columns), size = steps * samples * I::kLanes;
     for (int64_t group = begin; group < end; ++group) {
-      float* to = args->out + group * size;
+      float* to = out + group * size;
       std::memset(to, 0, static_cast<size_t>(size) * sizeof(float));
       const int64_t first = group * samples;
       for (int64_t s = 0; s < std::min(samples, args->rows - first); ++s) {
@@ -269,7 +310,7 @@ struct NormWorker {
 
   // One row; its vectors go `stride` apart.
   template <CpuLevel kLevel>
-  static DALLE_FAST_INLINE void normalise(const NormArgs& args, const float* x, float* to, int64_t stride) {
+  static DALLE_FAST_INLINE void normalise(const NormPart& args, const float* x, float* to, int64_t stride) {
     using I = Isa<kLevel>;
     using Float = typename I::Float;
     const int64_t columns = args.columns;
@@ -311,22 +352,22 @@ struct NormWorker {
   }
 };
 
-struct CountSamples {
+struct CountGroups {
   template <CpuLevel kLevel>
-  static DALLE_FAST_INLINE void run(int64_t rows, int64_t* samples) {
-    *samples = tile_samples<kLevel>(rows);
+  static DALLE_FAST_INLINE void run(const NormPart* part, int64_t* groups) {
+    *groups = ceil_div(part->rows, group_rows<kLevel>(part->rows, part->columns));
   }
 };
 
-int64_t samples_at_cpu_level(int64_t rows) {
-  int64_t samples = 0;
-  run_at_cpu_level<CountSamples>(rows, &samples);
-  return samples;
+int64_t groups_of(const NormPart* part) {
+  int64_t groups = 0;
+  run_at_cpu_level<CountGroups>(part, &groups);
+  return groups;
 }
 
-void decode_linear(const Tensor x, const Tensor weight, const std::optional<Tensor> bias,
-                   const std::optional<Tensor> gain, const std::optional<Tensor> shift, double eps, int64_t activation,
-                   const std::optional<Tensor> residual, Tensor out) {
+std::vector<Part> parts_of(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                           const std::optional<Tensor>& gain, const std::optional<Tensor>& shift, double eps,
+                           int64_t activation, const std::optional<Tensor>& residual, Tensor& out) {
   if (x.dim() != 2 || weight.dim() != 2) throw std::runtime_error("x and weight must have 2 dimensions");
   const int64_t rows = x.size(0), columns = weight.size(1), width = weight.size(0);
   if (gain.has_value() != shift.has_value()) throw std::runtime_error("gain and shift must be given together");
@@ -334,67 +375,82 @@ void decode_linear(const Tensor x, const Tensor weight, const std::optional<Tens
     throw std::runtime_error("activation must be in 0..3, got " + std::to_string(activation));
   }
   check_contiguous(weight, "weight");
-  LinearArgs args{};
-  args.rows = rows;
-  args.columns = columns;
-  args.width = width;
-  args.weight = weight.const_data_ptr();
-  args.weight_type = storage_type(weight, "weight");
-  args.activation = static_cast<Activation>(activation);
-  args.out = data_of<float>(out, "out", ScalarType::Float, rows * width);
+  LinearPart products{};
+  products.rows = rows;
+  products.columns = columns;
+  products.width = width;
+  products.weight = weight.const_data_ptr();
+  products.weight_type = storage_type(weight, "weight");
+  products.activation = static_cast<Activation>(activation);
+  products.out = data_of<float>(out, "out", ScalarType::Float, rows * width);
   const auto floats = [](const std::optional<Tensor>& tensor, const char* name, int64_t length) -> const float* {
     return tensor.has_value() ? data_of<const float>(*tensor, name, ScalarType::Float, length) : nullptr;
   };
-  args.bias = floats(bias, "bias", width);
-  args.residual = floats(residual, "residual", rows * width);
-  NormArgs norm{};
+  products.bias = floats(bias, "bias", width);
+  products.residual = floats(residual, "residual", rows * width);
+  NormPart norm{};
   norm.x = data_of<const float>(x, "x", ScalarType::Float, rows * columns);
+  norm.rows = rows;
   norm.columns = columns;
   norm.gain = floats(gain, "gain", columns);
   norm.shift = floats(shift, "shift", columns);
   norm.eps = static_cast<float>(eps);
-  if (rows == 0 || width == 0) return;
+  if (rows == 0 || width == 0) return {};
+  if (rows > 1 || columns % kMostLanes != 0 || norm.gain != nullptr) return {norm, products};
+  products.x = norm.x;  // as it should be
+  return {products};
+}
 
-  static thread_local ThreadMemory inputs;
-  norm.out = inputs.get(round_up(rows, kMostSamples) * round_up(std::max<int64_t>(columns, 1), kMostLanes));
-  norm.rows = rows;
-  const int64_t groups = ceil_div(rows, samples_at_cpu_level(rows));
-  const int64_t group_columns = std::max<int64_t>(1, columns * ceil_div(rows, groups));
-  const int64_t norm_grain = std::max<int64_t>(1, kGrainNormElements / group_columns);
-  if (groups <= norm_grain) {
-    run_at_cpu_level<NormWorker>(&norm, int64_t{0}, groups);
-  } else {
-    torch::stable::parallel_for(0, groups, norm_grain, [&](int64_t begin, int64_t end) {
-      run_at_cpu_level<NormWorker>(&norm, begin, end);
-    });
-  }
-  args.x = norm.out;
+void decode_linear(const Tensor x, const Tensor weight, const std::optional<Tensor> bias,
+                   const std::optional<Tensor> gain, const std::optional<Tensor> shift, double eps, int64_t activation,
+                   const std::optional<Tensor> residual, Tensor out) {
+  run_parts(parts_of(x, weight, bias, gain, shift, eps, activation, residual, out));
+}
 
-  const auto row_bytes = std::max<int64_t>(1, columns * static_cast<int64_t>(weight.element_size()));
-  const int64_t chunk = std::max<int64_t>(1, kChunkBytes / row_bytes / kMostLanes) * kMostLanes;
-  const bool is_small = rows * width * columns < kGrainProducts;
-  // Each thread reads most of its share in one go, and whoever is first takes of the rest.
-  const int64_t threads = is_small ? 1 : torch::stable::get_num_threads();
-  const int64_t share = rows > 1 ? 0 : width * 4 / 5 / threads / kMostLanes * kMostLanes;
-  const int64_t shares = share > chunk ? threads : 0;
-  const int64_t chunks = shares + ceil_div(width - shares * share, chunk);
-  const auto work = [&](int64_t index, int64_t) {
-    const int64_t begin = index < shares ? index * share : shares * share + (index - shares) * chunk;
-    const int64_t end = index < shares ? begin + share : std::min(begin + chunk, width);
-    static thread_local ThreadMemory memory;
-    const int64_t sums = rows * (end - begin + kMostLanes);
-    float* scratch = memory.get(sums + kMostLanes * round_up(columns, kMostLanes));
-    run_at_cpu_level<LinearWorker>(&args, begin, end, scratch, scratch + sums);
-  };
-  if (is_small) {
-    for (int64_t index = 0; index < chunks; ++index) work(index, index + 1);
-  } else {
-    work_off(chunks, work);
-  }
+Tensor decode_linear_plan(const Tensor x, const Tensor weight, const std::optional<Tensor> bias,
+                          const std::optional<Tensor> gain, const std::optional<Tensor> shift, double eps,
+                          int64_t activation, const std::optional<Tensor> residual, Tensor out) {
+  return plan_of(parts_of(x, weight, bias, gain, shift, eps, activation, residual, out), x);
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(dalle_fast, CPU, m) { m.impl("decode_linear_cpu", TORCH_BOX(&decode_linear)); }
+Division NormPart::divide(int64_t) {
+  const int64_t groups = groups_of(this);
+  const int64_t group_columns = std::max<int64_t>(1, columns * ceil_div(rows, groups));
+  groups_an_item = std::max<int64_t>(1, kItemNormElements / group_columns);
+  const int64_t elements = round_up(rows, kMostSamples) * round_up(std::max<int64_t>(columns, 1), kMostLanes);
+  return {ceil_div(groups, groups_an_item), elements, 0};
+}
+
+void NormPart::run(int64_t item, PartMemory memory) const {
+  const int64_t first = item * groups_an_item, end = std::min(first + groups_an_item, groups_of(this));
+  run_at_cpu_level<NormWorker>(this, first, end, memory.shared);
+}
+
+Division LinearPart::divide(int64_t threads) {
+  const auto row_bytes = std::max<int64_t>(1, columns * storage_bytes(weight_type));
+  chunk = std::max<int64_t>(1, kChunkBytes / row_bytes / kMostLanes) * kMostLanes;
+  // Each thread reads most of its share in one go, and whoever is first takes of the rest.
+  share = rows > kRowsInPlace ? 0 : width * 4 / 5 / threads / kMostLanes * kMostLanes;
+  shares = share > chunk ? threads : 0;
+  const int64_t most_columns = std::min(shares > 0 ? share : chunk, width);
+  const int64_t sums = round_up(rows, kMostSamples) * (most_columns + kMostLanes);
+  const int64_t own = sums + kMostLanes * round_up(columns, kMostLanes);
+  return {shares + ceil_div(width - shares * share, chunk), 0, own};
+}
+
+void LinearPart::run(int64_t item, PartMemory memory) const {
+  const int64_t begin = item < shares ? item * share : shares * share + (item - shares) * chunk;
+  const int64_t end = item < shares ? begin + share : std::min(begin + chunk, width);
+  float* tile = memory.own + round_up(rows, kMostSamples) * (end - begin + kMostLanes);
+  const float* inputs = x != nullptr ? x : memory.shared;
+  run_at_cpu_level<LinearWorker>(this, inputs, begin, end, memory.own, tile);
+}
+
+STABLE_TORCH_LIBRARY_IMPL(dalle_fast, CPU, m) {
+  m.impl("decode_linear_cpu", TORCH_BOX(&decode_linear));
+  m.impl("decode_linear_plan_cpu", TORCH_BOX(&decode_linear_plan));
+}
 
 }  // namespace dalle_fast

@@ -18,8 +18,8 @@
 #include <cmath>
 #include <limits>
 
+#include "decode_parts.h"
 #include "gumbel_tiles.h"
-#include "thread_memory.h"
 
 namespace dalle_fast {
 namespace {
@@ -27,30 +27,10 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Below this many codes a thread costs more than it saves.
-constexpr int64_t kGrainCodes = 4096;
+constexpr int64_t kItemCodes = 4096;
+constexpr int64_t kCodeProducts = 16;  // products of two numbers that take as long as what is done with a code
 constexpr float kMostNoise = 16.7f;  // -ln(-ln u) of the largest u is 16.64
 constexpr int32_t kMaskedKey = 0x7f800000;  // of z = -inf
-
-struct DrawArgs {
-  const float* conditional;    // (B, K)
-  const float* unconditional;  // (B, K), or null: no guidance
-  float cond_scale;
-  int64_t codes;
-  const int64_t* seeds;        // (B)
-  int64_t position;
-  const bool* keep;            // (B, L), or null
-  bool takes_likeliest;        // a temperature of 0
-  float temperature;
-  int64_t top_k;
-  double top_p;
-  int64_t* tokens;             // (B, L)
-  int64_t length;
-  float* scores;               // (B)
-
-  int64_t place(int64_t sample) const { return sample * length + position; }
-  bool keeps(int64_t sample) const { return keep != nullptr && keep[place(sample)]; }
-};
 
 // How much of a row lies up to a pivot, the largest key up to it (0 if none) and the smallest past it.
 struct Measure {
@@ -247,7 +227,7 @@ struct DrawLoops {
   }
 
   // z, and where top_p asks for it `mass`, have room for whole blocks of codes.
-  static DALLE_FAST_INLINE int64_t choose(const DrawArgs& args, int64_t sample, float most, float* z, float* mass) {
+  static DALLE_FAST_INLINE int64_t choose(const DrawPart& args, int64_t sample, float most, float* z, float* mass) {
     const int64_t codes = args.codes;
     const float* guided = args.conditional + sample * codes;
     if (args.unconditional != nullptr) {
@@ -277,13 +257,13 @@ struct DrawLoops {
       const double all = measure<true>(floor, z, mass, padded).amount;
       floor = floor_key<true>(z, mass, padded, args.top_p * all, floor);
     }
-    return draw(z, padded, floor, static_cast<uint64_t>(args.seeds[sample]), static_cast<uint64_t>(args.position));
+    return draw(z, padded, floor, static_cast<uint64_t>(args.seeds[sample]), static_cast<uint64_t>(*args.position));
   }
 };
 
 struct DrawWorker {
   template <CpuLevel kLevel>
-  __attribute__((always_inline)) static inline void run(const DrawArgs* args, float* scratch, int64_t begin,
+  __attribute__((always_inline)) static inline void run(const DrawPart* args, float* scratch, int64_t begin,
                                                         int64_t end) {
     using Loops = DrawLoops<kLevel>;
     for (int64_t sample = begin; sample < end; ++sample) {
@@ -298,9 +278,9 @@ struct DrawWorker {
   }
 };
 
-void draw_token(const Tensor logits, const Tensor seeds, const Tensor position, const std::optional<Tensor> keep,
-                double temperature, int64_t top_k, double top_p, const std::optional<double> cond_scale, Tensor tokens,
-                Tensor scores) {
+Part part_of(const Tensor& logits, const Tensor& seeds, const Tensor& position, const std::optional<Tensor>& keep,
+             double temperature, int64_t top_k, double top_p, const std::optional<double>& cond_scale, Tensor& tokens,
+             Tensor& scores) {
   if (logits.dim() != 2 || logits.size(1) < 1) {
     throw std::runtime_error("logits must have two dimensions and at least one code, got shape " +
                              tuple_text(logits.sizes()));
@@ -308,48 +288,73 @@ void draw_token(const Tensor logits, const Tensor seeds, const Tensor position, 
   if (tokens.dim() != 2) {
     throw std::runtime_error("tokens must have two dimensions, got shape " + tuple_text(tokens.sizes()));
   }
-  const int64_t batch = tokens.size(0), codes = logits.size(1), length = tokens.size(1);
-  check_shape(logits, "logits", {cond_scale.has_value() ? 2 * batch : batch, codes});
-  if (keep.has_value()) check_shape(*keep, "keep", {batch, length});
-  DrawArgs args{};
-  args.conditional = data_of<const float>(logits, "logits", ScalarType::Float, logits.numel());
+  const int64_t samples = tokens.size(0), codes = logits.size(1), length = tokens.size(1);
+  check_shape(logits, "logits", {cond_scale.has_value() ? 2 * samples : samples, codes});
+  if (keep.has_value()) check_shape(*keep, "keep", {samples, length});
+  DrawPart part{};
+  part.conditional = data_of<const float>(logits, "logits", ScalarType::Float, logits.numel());
   if (cond_scale.has_value()) {
-    args.unconditional = args.conditional + batch * codes;
-    args.cond_scale = static_cast<float>(*cond_scale);
+    part.unconditional = part.conditional + samples * codes;
+    part.cond_scale = static_cast<float>(*cond_scale);
   }
-  args.codes = codes;
-  args.seeds = data_of<const int64_t>(seeds, "seeds", ScalarType::Long, batch);
-  args.position = *data_of<const int64_t>(position, "position", ScalarType::Long, 1);
-  if (keep.has_value()) args.keep = data_of<const bool>(*keep, "keep", ScalarType::Bool, batch * length);
-  args.takes_likeliest = temperature < FLT_MIN;
-  args.temperature = static_cast<float>(std::min<double>(temperature, FLT_MAX));  // -inf divided by inf would be NaN
-  args.top_k = top_k;
-  args.top_p = top_p;
-  args.tokens = data_of<int64_t>(tokens, "tokens", ScalarType::Long, batch * length);
-  args.length = length;
-  args.scores = data_of<float>(scores, "scores", ScalarType::Float, batch);
-  if (args.position < 0 || args.position >= length) {
-    throw std::runtime_error("position must be in 0.." + std::to_string(length - 1) + ", got " +
-                             std::to_string(args.position));
-  }
-  for (int64_t sample = 0; sample < batch; ++sample) {
-    const int64_t token = args.tokens[args.place(sample)];
-    if (!args.keeps(sample) || (token >= 0 && token < codes)) continue;
-    throw std::runtime_error("tokens that are kept must be in 0.." + std::to_string(codes - 1) + ", got " +
-                             std::to_string(token));
-  }
-  const int64_t grain = std::max<int64_t>(1, kGrainCodes / codes);
-  torch::stable::parallel_for(0, batch, grain, [&](int64_t begin, int64_t end) {
-    static thread_local ThreadMemory memory;
-    float* scratch = memory.get(2 * ceil_div(codes, kBlockCodes) * kBlockCodes);
-    run_at_cpu_level<DrawWorker>(&args, scratch, begin, end);
-  });
+  part.samples = samples;
+  part.codes = codes;
+  part.seeds = data_of<const int64_t>(seeds, "seeds", ScalarType::Long, samples);
+  part.position = data_of<const int64_t>(position, "position", ScalarType::Long, 1);
+  if (keep.has_value()) part.keep = data_of<const bool>(*keep, "keep", ScalarType::Bool, samples * length);
+  part.takes_likeliest = temperature < FLT_MIN;
+  part.temperature = static_cast<float>(std::min<double>(temperature, FLT_MAX));  // -inf divided by inf would be NaN
+  part.top_k = top_k;
+  part.top_p = top_p;
+  part.tokens = data_of<int64_t>(tokens, "tokens", ScalarType::Long, samples * length);
+  part.length = length;
+  part.scores = data_of<float>(scores, "scores", ScalarType::Float, samples);
+  return part;
+}
+
+void draw_token(const Tensor logits, const Tensor seeds, const Tensor position, const std::optional<Tensor> keep,
+                double temperature, int64_t top_k, double top_p, const std::optional<double> cond_scale, Tensor tokens,
+                Tensor scores) {
+  const Part part = part_of(logits, seeds, position, keep, temperature, top_k, top_p, cond_scale, tokens, scores);
+  run_parts({&part, 1});
+}
+
+Tensor draw_token_plan(const Tensor logits, const Tensor seeds, const Tensor position,
+                       const std::optional<Tensor> keep, double temperature, int64_t top_k, double top_p,
+                       const std::optional<double> cond_scale, Tensor tokens, Tensor scores) {
+  const Part part = part_of(logits, seeds, position, keep, temperature, top_k, top_p, cond_scale, tokens, scores);
+  return plan_of({&part, 1}, logits);
 }
 
 }  // namespace
 
+int64_t DrawPart::begin(std::vector<int32_t>&) const {
+  if (*position < 0 || *position >= length) {
+    throw std::runtime_error("position must be in 0.." + std::to_string(length - 1) + ", got " +
+                             std::to_string(*position));
+  }
+  for (int64_t sample = 0; sample < samples; ++sample) {
+    const int64_t token = tokens[place(sample)];
+    if (!keeps(sample) || (token >= 0 && token < codes)) continue;
+    throw std::runtime_error("tokens that are kept must be in 0.." + std::to_string(codes - 1) + ", got " +
+                             std::to_string(token));
+  }
+  return kCodeProducts * samples * codes;
+}
+
+Division DrawPart::divide(int64_t) {
+  samples_an_item = std::max<int64_t>(1, kItemCodes / codes);
+  return {ceil_div(samples, samples_an_item), 0, 2 * ceil_div(codes, kBlockCodes) * kBlockCodes};
+}
+
+void DrawPart::run(int64_t item, PartMemory memory) const {
+  const int64_t first = item * samples_an_item, end = std::min(first + samples_an_item, samples);
+  run_at_cpu_level<DrawWorker>(this, memory.own, first, end);
+}
+
 STABLE_TORCH_LIBRARY_IMPL(dalle_fast, CPU, m) {
   m.impl("draw_token_cpu", TORCH_BOX(&draw_token));
+  m.impl("draw_token_plan_cpu", TORCH_BOX(&draw_token_plan));
 }
 
 }  // namespace dalle_fast

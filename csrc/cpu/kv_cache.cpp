@@ -21,9 +21,8 @@
 #include <utility>
 #include <vector>
 
-#include "attention_rows.h"
+#include "decode_parts.h"
 #include "kv_cache_loops.h"
-#include "thread_memory.h"
 
 namespace dalle_fast {
 namespace {
@@ -33,27 +32,9 @@ using torch::stable::Tensor;
 
 // An item of so many samples copies the text's keys and values.
 constexpr int64_t kCopyFrom = 3 * kRowSamples;
-// Elements of keys and values below which a thread costs more than it saves.
-constexpr int64_t kGrainElements = 1 << 15;
+// Products of two numbers that take as long as what is done with an element of a key or a value.
+constexpr int64_t kElementProducts = 4;
 constexpr size_t kPatternsKept = 16;
-
-struct StepArgs {
-  RowsView query, key, value, out;
-  StorageType query_type;
-  const void *text_key, *text_value;
-  void *image_key, *image_value;
-  const int64_t* text_lens;
-  int64_t heads, head_dim, samples, text_len, slots;  // samples: of a prompt
-  float scale;
-  int64_t new_slot;      // of the position that is appended
-  const int32_t* seen;   // slots of the image positions that it sees, itself among them
-  int64_t num_seen;
-  int64_t block, num_blocks;  // samples in an item; items in a prompt and head
-
-  int64_t padded_dim() const { return ceil_div(head_dim, kTileQueries) * kTileQueries; }
-  int64_t padded_text() const { return ceil_div(text_len, kTileQueries) * kTileQueries; }
-  int64_t score_stride() const { return padded_text() + ceil_div(num_seen, kTileQueries) * kTileQueries; }
-};
 
 // The scratch memory of an item.
 struct StepScratch {
@@ -61,15 +42,15 @@ struct StepScratch {
   float *queries;        // by sample: the row, then the vector that holds its end
   float *scores, *text_sums, *image_sums;
 
-  static int64_t size(const StepArgs& args) {
-    return args.head_dim * wide_text(args) + args.text_len * wide_dim(args) +
+  static int64_t size(const CachePart& args) {
+    return args.head_dim * wide_text(args) + args.pattern.text_len * wide_dim(args) +
            kRowSamples * (3 * args.padded_dim() + kTileQueries + args.score_stride());
   }
 
-  StepScratch(const StepArgs& args, float* memory) {
+  StepScratch(const CachePart& args, float* memory) {
     const auto take = [&](int64_t count) { return std::exchange(memory, memory + count); };
     keys = take(args.head_dim * wide_text(args));
-    values = take(args.text_len * wide_dim(args));
+    values = take(args.pattern.text_len * wide_dim(args));
     queries = take(kRowSamples * (args.padded_dim() + kTileQueries));
     scores = take(kRowSamples * args.score_stride());
     text_sums = take(kRowSamples * args.padded_dim());
@@ -78,31 +59,31 @@ struct StepScratch {
 
  private:
   // Copies have whole blocks of columns.
-  static int64_t wide_text(const StepArgs& args) { return ceil_div(args.text_len, 64) * 64; }
-  static int64_t wide_dim(const StepArgs& args) { return ceil_div(args.head_dim, 64) * 64; }
+  static int64_t wide_text(const CachePart& args) { return ceil_div(args.pattern.text_len, 64) * 64; }
+  static int64_t wide_dim(const CachePart& args) { return ceil_div(args.head_dim, 64) * 64; }
 };
 
 template <class T>
 struct StepWorker {
   template <CpuLevel kLevel>
-  static DALLE_FAST_INLINE void run(const StepArgs* args, int64_t item, float* memory) {
+  static DALLE_FAST_INLINE void run(const CachePart* args, int64_t item, float* memory) {
     using Loops = StepLoops<T, kLevel>;
     const int64_t block = item % args->num_blocks, head = item / args->num_blocks % args->heads;
     const int64_t prompt = item / args->num_blocks / args->heads;
     const int64_t first = block * args->block, end = std::min(first + args->block, args->samples);
-    const int64_t visible_text = std::clamp<int64_t>(args->text_lens[prompt], 0, args->text_len);
-    const int64_t panel_elements = args->head_dim * args->text_len, panel = prompt * args->heads + head;
+    const int64_t visible_text = std::clamp<int64_t>(args->text_lens[prompt], 0, args->pattern.text_len);
+    const int64_t panel_elements = args->head_dim * args->pattern.text_len, panel = prompt * args->heads + head;
     const T* keys = static_cast<const T*>(args->text_key) + panel * panel_elements;
     const T* values = static_cast<const T*>(args->text_value) + panel * panel_elements;
 
     const StepScratch scratch(*args, memory);
     const bool copies = end - first >= kCopyFrom;
-    const bool copies_keys = copies || args->text_len < Loops::kLanes;
+    const bool copies_keys = copies || args->pattern.text_len < Loops::kLanes;
     const bool copies_values = (copies && !std::is_same_v<T, float>) || args->head_dim < Loops::kLanes;
-    auto key_panel = Loops::in_place(keys, args->text_len);
+    auto key_panel = Loops::in_place(keys, args->pattern.text_len);
     auto value_panel = Loops::in_place(values, args->head_dim);
     typename Loops::template Panel<float> key_copy{}, value_copy{};
-    if (copies_keys) key_copy = Loops::copied(keys, args->text_len, args->head_dim, visible_text, scratch.keys);
+    if (copies_keys) key_copy = Loops::copied(keys, args->pattern.text_len, args->head_dim, visible_text, scratch.keys);
     if (copies_values) value_copy = Loops::copied(values, args->head_dim, visible_text, args->head_dim, scratch.values);
 
     for (int64_t sample = first; sample < end; sample += kRowSamples) {
@@ -133,7 +114,7 @@ struct StepWorker {
     using Loops = StepLoops<T, kLevel>;
     static constexpr int kLanes = Loops::kLanes;
 
-    const StepArgs& args;
+    const CachePart& args;
     const StepScratch& scratch;
     int64_t head, first, samples, visible_text;
     int64_t padded_text = 0, score_stride = 0, padded_dim = 0, query_stride = 0;
@@ -321,17 +302,6 @@ void find_seen_slots(const AttentionPattern& pattern, int64_t n, int64_t slots, 
   }
 }
 
-template <class T>
-void run_step(const StepArgs& args, int64_t items, int64_t most_threads) {
-  const int64_t floats = StepScratch::size(args);
-  const auto work = [&](int64_t begin, int64_t end) {
-    static thread_local ThreadMemory own;
-    float* memory = own.get(floats);
-    for (int64_t item = begin; item < end; ++item) run_at_cpu_level<StepWorker<T>>(&args, item, memory);
-  };
-  work_off(items, work, most_threads);
-}
-
 // Of a row for each sample and head, (B, H, 1, D).
 void check_rows(const Tensor& tensor, const char* name, const std::vector<int64_t>& shape) {
   check_shape(tensor, name, shape);
@@ -340,95 +310,113 @@ void check_rows(const Tensor& tensor, const char* name, const std::vector<int64_
                            tuple_text(tensor.strides()));
 }
 
-void attention_with_kvcache(const Tensor query, const Tensor key, const Tensor value, const Tensor text_key,
-                            const Tensor text_value, Tensor image_key, Tensor image_value, Tensor held,
-                            const Tensor text_lens, const std::vector<int64_t> pattern, double scale, Tensor out) {
-  const AttentionPattern described = pattern_of(pattern);
+CachePart part_of(const Tensor& query, const Tensor& key, const Tensor& value, const Tensor& text_key,
+                  const Tensor& text_value, Tensor& image_key, Tensor& image_value, Tensor& held,
+                  const Tensor& text_lens, const std::vector<int64_t>& pattern, double scale, Tensor& out) {
+  CachePart part{};
+  part.pattern = pattern_of(pattern);
   if (image_key.dim() != 4 || text_value.dim() != 4) {
     throw std::runtime_error("image_key and text_value must have 4 dimensions, got shapes " +
                              tuple_text(image_key.sizes()) + " and " + tuple_text(text_value.sizes()));
   }
-  const int64_t batch = image_key.size(0), prompts = text_value.size(0), text_len = described.text_len;
+  const int64_t batch = image_key.size(0), prompts = text_value.size(0), text_len = part.pattern.text_len;
   if (batch < 1 || prompts < 1 || batch % prompts != 0) {
     throw std::runtime_error("the batch must be a multiple of the number of prompts, got " + std::to_string(batch) +
                              " and " + std::to_string(prompts));
   }
-  const StorageType type = storage_type(image_key, "image_key");
   const ScalarType dtype = image_key.scalar_type();
-  StepArgs args{};
-  args.heads = image_key.size(1);
-  args.slots = image_key.size(2);
-  args.head_dim = image_key.size(3);
-  args.text_len = text_len;
-  args.samples = batch / prompts;
-  args.scale = static_cast<float>(scale);
-  const std::vector<int64_t> shape{batch, args.heads, 1, args.head_dim};
+  part.cache_type = storage_type(image_key, "image_key");
+  part.prompts = prompts;
+  part.samples = batch / prompts;
+  part.heads = image_key.size(1);
+  part.slots = image_key.size(2);
+  part.head_dim = image_key.size(3);
+  part.scale = static_cast<float>(scale);
+  const std::vector<int64_t> shape{batch, part.heads, 1, part.head_dim};
   check_rows(query, "query", shape);
   check_rows(key, "key", shape);
   check_rows(value, "value", shape);
   check_rows(out, "out", shape);
-  args.query = rows_view(query);
-  args.key = rows_view(key);
-  args.value = rows_view(value);
-  args.out = rows_view(out);
-  args.query_type = storage_type(query, "query");
+  part.query = rows_view(query);
+  part.key = rows_view(key);
+  part.value = rows_view(value);
+  part.out = rows_view(out);
+  part.query_type = storage_type(query, "query");
   check_dtype(key, "key", query.scalar_type());
   check_dtype(value, "value", query.scalar_type());
   check_dtype(out, "out", query.scalar_type());
-  const int64_t text_elements = prompts * args.heads * args.head_dim * text_len;
-  const int64_t image_elements = batch * args.heads * args.head_dim * args.slots;
-  args.text_key = data_of<const void>(text_key, "text_key", dtype, text_elements);
-  args.text_value = data_of<const void>(text_value, "text_value", dtype, text_elements);
-  args.image_key = data_of<void>(image_key, "image_key", dtype, image_elements);
-  args.image_value = data_of<void>(image_value, "image_value", dtype, image_elements);
-  args.text_lens = data_of<const int64_t>(text_lens, "text_lens", ScalarType::Long, prompts);
-  check_slots(described, args.slots);
-  auto* position = data_of<int64_t>(held, "held", ScalarType::Long, 1);
-  if (*position < text_len) {
-    throw std::runtime_error("the cache must hold the " + std::to_string(text_len) +
-                             " text positions first: call prefill()");
-  }
-  if (*position >= described.seq_len()) {
-    throw std::runtime_error("the cache is full, it holds all " + std::to_string(described.seq_len()) +
-                             " positions: call reset()");
-  }
+  const int64_t text_elements = prompts * part.heads * part.head_dim * text_len;
+  const int64_t image_elements = batch * part.heads * part.head_dim * part.slots;
+  part.text_key = data_of<const void>(text_key, "text_key", dtype, text_elements);
+  part.text_value = data_of<const void>(text_value, "text_value", dtype, text_elements);
+  part.image_key = data_of<void>(image_key, "image_key", dtype, image_elements);
+  part.image_value = data_of<void>(image_value, "image_value", dtype, image_elements);
+  part.text_lens = data_of<const int64_t>(text_lens, "text_lens", ScalarType::Long, prompts);
+  check_slots(part.pattern, part.slots);
+  part.held = data_of<int64_t>(held, "held", ScalarType::Long, 1);
+  return part;
+}
 
-  const int64_t n = *position - text_len;
-  args.new_slot = described.rule == Rule::kColumn ? n % described.width * described.height + n / described.width
-                                                  : n % args.slots;
-  thread_local std::vector<int32_t> seen;
-  find_seen_slots(described, n, args.slots, seen);
-  args.seen = seen.data();
-  args.num_seen = static_cast<int64_t>(seen.size());
+void attention_with_kvcache(const Tensor query, const Tensor key, const Tensor value, const Tensor text_key,
+                            const Tensor text_value, Tensor image_key, Tensor image_value, Tensor held,
+                            const Tensor text_lens, const std::vector<int64_t> pattern, double scale, Tensor out) {
+  const Part part = part_of(query, key, value, text_key, text_value, image_key, image_value, held, text_lens, pattern,
+                            scale, out);
+  run_parts({&part, 1});
+}
 
-  // Enough items to keep all threads busy to the end; a prompt's samples are cut only where there are few heads.
-  const int64_t elements = batch * args.heads * args.head_dim * (text_len + args.num_seen);
-  const int64_t threads =
-      std::min<int64_t>(torch::stable::get_num_threads(), std::max<int64_t>(elements / kGrainElements, 1));
-  const int64_t panels = prompts * args.heads;
-  const int64_t most_blocks = ceil_div(args.samples, kRowSamples);
-  const int64_t wanted_blocks = threads == 1 ? 1 : std::clamp<int64_t>(ceil_div(4 * threads, panels), 1, most_blocks);
-  args.block = ceil_div(ceil_div(args.samples, wanted_blocks), kRowSamples) * kRowSamples;
-  args.num_blocks = ceil_div(args.samples, args.block);
-  const int64_t items = panels * args.num_blocks;
-  switch (type) {
-    case StorageType::kFloat:
-      run_step<float>(args, items, threads);
-      break;
-    case StorageType::kHalf:
-      run_step<Half>(args, items, threads);
-      break;
-    case StorageType::kBfloat16:
-      run_step<Bfloat16>(args, items, threads);
-      break;
-  }
-  *position += 1;
+Tensor attention_with_kvcache_plan(const Tensor query, const Tensor key, const Tensor value, const Tensor text_key,
+                                   const Tensor text_value, Tensor image_key, Tensor image_value, Tensor held,
+                                   const Tensor text_lens, const std::vector<int64_t> pattern, double scale,
+                                   Tensor out) {
+  const Part part = part_of(query, key, value, text_key, text_value, image_key, image_value, held, text_lens, pattern,
+                            scale, out);
+  return plan_of({&part, 1}, query);
 }
 
 }  // namespace
 
+int64_t CachePart::begin(std::vector<int32_t>& seen_slots) {
+  const int64_t n = *held - pattern.text_len;
+  if (n < 0) {
+    throw std::runtime_error("the cache must hold the " + std::to_string(pattern.text_len) +
+                             " text positions first: call prefill()");
+  }
+  if (*held >= pattern.seq_len()) {
+    throw std::runtime_error("the cache is full, it holds all " + std::to_string(pattern.seq_len()) +
+                             " positions: call reset()");
+  }
+  new_slot = pattern.rule == Rule::kColumn ? n % pattern.width * pattern.height + n / pattern.width : n % slots;
+  find_seen_slots(pattern, n, slots, seen_slots);
+  seen = seen_slots.data();
+  num_seen = static_cast<int64_t>(seen_slots.size());
+  return kElementProducts * prompts * samples * heads * head_dim * (pattern.text_len + num_seen);
+}
+
+Division CachePart::divide(int64_t threads) {
+  // Enough items to keep all threads busy to the end; a prompt's samples are cut only where there are few heads.
+  const int64_t panels = prompts * heads;
+  const int64_t most_blocks = ceil_div(samples, kRowSamples);
+  const int64_t wanted_blocks = threads == 1 ? 1 : std::clamp<int64_t>(ceil_div(4 * threads, panels), 1, most_blocks);
+  block = ceil_div(ceil_div(samples, wanted_blocks), kRowSamples) * kRowSamples;
+  num_blocks = ceil_div(samples, block);
+  return {panels * num_blocks, 0, StepScratch::size(*this)};
+}
+
+void CachePart::run(int64_t item, PartMemory memory) const {
+  switch (cache_type) {
+    case StorageType::kFloat:
+      return run_at_cpu_level<StepWorker<float>>(this, item, memory.own);
+    case StorageType::kHalf:
+      return run_at_cpu_level<StepWorker<Half>>(this, item, memory.own);
+    case StorageType::kBfloat16:
+      return run_at_cpu_level<StepWorker<Bfloat16>>(this, item, memory.own);
+  }
+}
+
 STABLE_TORCH_LIBRARY_IMPL(dalle_fast, CPU, m) {
   m.impl("attention_with_kvcache_cpu", TORCH_BOX(&attention_with_kvcache));
+  m.impl("attention_with_kvcache_plan_cpu", TORCH_BOX(&attention_with_kvcache_plan));
 }
 
 }  // namespace dalle_fast

@@ -63,6 +63,8 @@ DALLE_FAST_INLINE void from_float(float value, Half& to) {
   to.bits = static_cast<uint16_t>(sign | half);
 }
 
+inline int64_t storage_bytes(StorageType type) { return type == StorageType::kFloat ? 4 : 2; }
+
 inline StorageType storage_type(const torch::stable::Tensor& tensor, const char* name) {
   using torch::headeronly::ScalarType;
   switch (tensor.scalar_type()) {

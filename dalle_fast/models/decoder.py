@@ -11,6 +11,7 @@ sample's scores are the same bits whatever samples are decoded beside it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +20,14 @@ from dalle_fast.models.transformer import PAD_ID, AttentionBlock, Dalle, LayerNo
 from dalle_fast.ops.attention import attention_qkvpacked
 from dalle_fast.ops.checks import without_autocast
 from dalle_fast.ops.decode_linear import bind_decode_linear, has_decode_kernel
-from dalle_fast.ops.embed_token import embed_token
+from dalle_fast.ops.decode_plan import bind_together
+from dalle_fast.ops.embed_token import bind_embed_token, embed_token
+from dalle_fast.ops.huge_pages import use_huge_pages
 from dalle_fast.ops.kv_cache import KVCache, attention_with_kvcache, bind_attention, choose_kernel
 
 __all__ = ["Decoder", "decoder_bytes"]
+
+LARGE_MATRIX = 1 << 20  # bytes, from which on it may have all of a huge page; smaller models stay in the CPU's caches
 
 
 class Decoder:
@@ -79,12 +84,15 @@ class Decoder:
         wide = self._place.dtype
         self._x = torch.empty(self.rows, config.width, dtype=wide, device=weight.device)
         self._qkv = self._attended = self._hidden = self._logits = None
-        self._calls: list[Callable[[], object]] = []
+        self._calls: list[partial] = []
         if has_decode_kernel(weight) and wide == torch.float32:
             self._qkv = self._x.new_empty(self.rows, 3 * config.width)
             self._attended = self._x.new_empty(self.rows, config.heads, 1, config.head_dim)
             self._hidden = self._x.new_empty(self.rows, config.mlp_ratio * config.width)
             self._logits = self._x.new_empty(self.rows, config.image_vocab_size)
+            for module in (*model.layers.modules(), model.image_head):
+                if isinstance(module, nn.Linear) and module.weight.nbytes >= LARGE_MATRIX:
+                    use_huge_pages(module.weight)
 
     @torch.no_grad()
     def prefill(self, text: Tensor, image_tokens: Tensor | None = None) -> Tensor:
@@ -148,6 +156,22 @@ class Decoder:
                 call()
             return self._logits
 
+    def bind_step(self, tokens: Tensor, draw: Callable[[Tensor], partial]) -> Callable[[], None] | None:
+        """One call that is :meth:`step`, what ``draw`` makes of the scores, and the move of ``position``.
+
+        It holds until the next prefill. None where the step is not made of C++ ops.
+
+        Args:
+            tokens: see :meth:`step`.
+            draw: gives the bound call of a C++ op that reads the scores (rows, image_vocab_size).
+        """
+        if self._logits is None:
+            return None
+        model = self.model
+        embedding, start = model.image_embedding.weight, model.start_of_image
+        embed = bind_embed_token(tokens, self.position, embedding, start, self._place, self._x)
+        return bind_together([embed, *self._calls, draw(self._logits)], advance=self.position)
+
     def _run_layers(self, x: Tensor) -> Tensor:
         """Layers and logits through the model's own modules."""
         for layer, cache in zip(self.model.layers, self.caches, strict=True):
@@ -162,11 +186,8 @@ class Decoder:
             x = layer["mlp"](x + block.project(attended.squeeze(2)))
         return self.model.image_logits(self.model.norm(x))
 
-    def _bind_layers(self) -> list[Callable[[], object]]:
-        """The same as calls of C++ ops on the decoder's buffers, to be made one after the other.
-
-        What Python would do between them takes as long as reading a small matrix.
-        """
+    def _bind_layers(self) -> list[partial]:
+        """The same as calls of C++ ops on the decoder's buffers, to be made one after the other."""
         model, x = self.model, self._x
         query, key, value = self._qkv.view(self.rows, 3, model.config.heads, 1, model.config.head_dim).unbind(1)
         attended = self._attended.view(self.rows, model.config.width)

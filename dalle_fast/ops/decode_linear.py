@@ -7,7 +7,6 @@ a row whatever rows are beside it. It is for CPUs alone; elsewhere the model's o
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -38,7 +37,7 @@ def bind_decode_linear(
     activation: str | None = None,
     residual: Tensor | None = None,
     out: Tensor,
-) -> Callable[[], object]:
+) -> partial:
     """A call that writes residual + act(weight LayerNorm(x) + bias) into ``out`` in C++; unchecked.
 
     Args:

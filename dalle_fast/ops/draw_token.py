@@ -7,6 +7,7 @@ waiting for the device, and picks the implementation.
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -83,20 +84,32 @@ def draw_token(
     check_backend("draw_token", backend, ("triton", "cpp"))
     check_sampling(temperature, top_k, top_p, cond_scale, codes=logits.shape[1])
     kernel = choose_kernel(backend, logits)
+    settings = {"keep": keep, "temperature": temperature, "top_k": top_k, "top_p": top_p, "cond_scale": cond_scale}
     if kernel is None:
-        _draw_in_pytorch(logits, seeds, position, tokens, scores, keep, temperature, top_k, top_p, cond_scale)
-        return
-    _OPS[kernel](
-        logits,
-        seeds,
-        position,
-        keep,
-        float(temperature),
-        logits.shape[1] if top_k is None else top_k,
-        1.0 if top_p is None else float(top_p),
-        cond_scale,
-        tokens,
-        scores,
+        _draw_in_pytorch(logits, seeds, position, tokens, scores, **settings)
+    else:
+        bind_draw_token(logits, seeds, position, tokens, scores, **settings, kernel=kernel)()
+
+
+def bind_draw_token(
+    logits: Tensor,
+    seeds: Tensor,
+    position: Tensor,
+    tokens: Tensor,
+    scores: Tensor,
+    *,
+    keep: Tensor | None,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    cond_scale: float | None,
+    kernel: str,
+) -> partial:
+    """A call that does :func:`draw_token` with the kernel that :func:`choose_kernel` named; settings are unchecked."""
+    top_k = logits.shape[1] if top_k is None else top_k
+    top_p = 1.0 if top_p is None else float(top_p)
+    return partial(
+        _OPS[kernel], logits, seeds, position, keep, float(temperature), top_k, top_p, cond_scale, tokens, scores
     )
 
 
@@ -113,6 +126,7 @@ def _draw_in_pytorch(
     position: Tensor,
     tokens: Tensor,
     scores: Tensor,
+    *,
     keep: Tensor | None,
     temperature: float,
     top_k: int | None,

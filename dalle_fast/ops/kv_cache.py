@@ -8,7 +8,6 @@ values once a prompt.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -197,7 +196,7 @@ def bind_attention(
     *,
     scale: float | None = None,
     kernel: str,
-) -> Callable[[], object]:
+) -> partial:
     """A call that does :func:`attention_with_kvcache` into ``out`` with the kernel that :func:`choose_kernel` named.
 
     Nothing is checked, no tensor may need a gradient, and Python keeps no count of the call, so that it can be captured
