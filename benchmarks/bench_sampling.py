@@ -6,8 +6,10 @@
   token; and DALLE-pytorch's of the same size (``sampling_rivals.py``), of which a few tokens are timed and
   seconds_an_image is their mean times 1024.
 - ``sampling-step``: of the same model one token step in the middle of an image. over_stream is its time over that of
-  reading all its weights once from one tensor (an integer maximum), called in turn with it.
-- ``sampling-profile``: which part of a step's time the profiler finds in what.
+  reading all its weights once from one tensor (an integer maximum), called in turn with it; over_huge_stream the same
+  where that tensor is in huge pages, as the model's weights are.
+- ``sampling-profile``: which part of a step's time the profiler finds in the op that is the step, and the times of the
+  op's parts by themselves, over that of the step.
 """
 
 import statistics
@@ -20,7 +22,10 @@ import torch
 from sampling_rivals import DEPTH, GRID, HEADS, IMAGE_CODES, IMAGE_LEN, TEXT_CODES, TEXT_LEN, WIDTH
 from torch import Tensor, nn
 
+from dalle_fast.models.decoder import Decoder
 from dalle_fast.models.transformer import Dalle, DalleConfig, Linear
+from dalle_fast.ops.decode_plan import bind_together
+from dalle_fast.ops.huge_pages import use_huge_pages
 from dalle_fast.sampling import Sampler, sample_tokens
 
 BATCH = 16
@@ -127,6 +132,13 @@ def test_dalle_pytorch(benchmark, way):
     benchmark.extra_info |= {"seconds_an_image": seconds[0] * IMAGE_LEN, "ms_a_step": 1000 * seconds[0]}
 
 
+def rewind(decoder: Decoder) -> None:
+    """To the middle of the image."""
+    for cache in decoder.caches:
+        cache.held.fill_(TEXT_LEN + IMAGE_LEN // 2)
+    decoder.position.fill_(IMAGE_LEN // 2)
+
+
 def middle_step(model: Dalle, count: int) -> tuple[Sampler, Callable[[], None]]:
     """A sampler whose image is half there, and one step of it, which can be repeated."""
     half = IMAGE_LEN // 2
@@ -137,9 +149,7 @@ def middle_step(model: Dalle, count: int) -> tuple[Sampler, Callable[[], None]]:
     sampler.tokens.copy_(image)
 
     def step() -> None:
-        for cache in decoder.caches:
-            cache.held.fill_(TEXT_LEN + half)
-        decoder.position.fill_(half)
+        rewind(decoder)
         sampler._advance()
 
     with torch.no_grad():
@@ -178,27 +188,26 @@ def test_step(benchmark, count, dtype):
     model = large_model(dtype)
     _, step = middle_step(model, count)
     weights = streamed_weights(model)
-    stream_seconds, step_seconds = seconds_in_turn(weights.max, step)
+    huge = weights.clone()
+    use_huge_pages(huge)
+    stream_seconds, huge_seconds, step_seconds = seconds_in_turn(weights.max, huge.max, step)
     benchmark.pedantic(step, rounds=30)
     benchmark.extra_info |= {
         "over_stream": step_seconds / stream_seconds,
+        "over_huge_stream": step_seconds / huge_seconds,
         "stream_gb_per_s": weights.nbytes / stream_seconds / 1e9,
         "ms_an_image": 1000 * step_seconds / count,
     }
 
 
-PARTS = {
-    "matrices": "dalle_fast::decode_linear_cpu",
-    "attention": "dalle_fast::attention_with_kvcache_cpu",
-    "draw": "dalle_fast::draw_token_cpu",
-}
+PARTS = {"matrices": "decode_linear", "attention": "attention_with_kvcache"}
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="the ops of a CPU")
 @pytest.mark.benchmark(group="sampling-profile")
 @pytest.mark.parametrize("count", [1, 16, 64])
 def test_profile(benchmark, count):
-    _, step = middle_step(large_model(), count)
+    sampler, step = middle_step(large_model(), count)
     benchmark.pedantic(step, rounds=30)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         start = time.perf_counter()
@@ -206,5 +215,17 @@ def test_profile(benchmark, count):
             step()
         seconds = time.perf_counter() - start
     spent = {event.key: event.self_cpu_time_total / 1e6 for event in profile.key_averages()}
-    shares = {f"{part}_share": spent[op] / seconds for part, op in PARTS.items()}
-    benchmark.extra_info |= shares | {"rest_share": 1 - sum(shares.values())}
+    benchmark.extra_info["op_share"] = spent["dalle_fast::run_decode_plan_cpu"] / seconds
+
+    decoder = sampler.decoder
+    calls = {part: [call for call in decoder._calls if op in str(call.func)] for part, op in PARTS.items()}
+    calls["draw"] = [sampler._bind_draw(decoder._logits)]
+    parts = {part: bind_together(some) for part, some in calls.items()}
+
+    def attend() -> None:
+        rewind(decoder)
+        parts["attention"]()
+
+    turns = seconds_in_turn(step, parts["matrices"], attend, parts["draw"])
+    shares = [part_seconds / turns[0] for part_seconds in turns[1:]]
+    benchmark.extra_info |= dict(zip(("matrices_share", "attention_share", "draw_share"), shares, strict=True))
