@@ -31,7 +31,7 @@ bench: install
 
 # With what $(PYTHON) has, and not .venv: a machine lent for its GPU may have no network.
 gpu:
-	$(PYTHON) benchmarks/gpu.py $(if $(DRY_RUN),--dry-run)
+	$(PYTHON) benchmarks/gpu.py $(if $(DRY_RUN),--dry-run) $(if $(PART),--part $(PART))
 
 lint: install
 	$(VENV)/bin/ruff check .

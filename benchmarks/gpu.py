@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command of under eight minutes: ``make gpu``.
+"""Everything that needs a GPU, in four commands of under eight minutes each: ``make gpu`` and ``make gpu PART=...``.
 
 The package is built into build/gpu/site, offline and with what is installed, and used from there; nothing outside the
 repository is written to, and build/gpu keeps what is compiled too. The stages, each with a time limit:
@@ -13,9 +13,18 @@ repository is written to, and build/gpu keeps what is compiled too. The stages, 
     memcheck     the same under compute-sanitizer, where it is installed
     racecheck    the same
 
+That is the part "ops". The others have machine and build too, and then
+
+    PART=models  benchmark    bench_model: updates in training, whole images and the token step of large transformers
+    PART=proof   proof        precision_proof.py: a deep network in fp32, bf16, and fp16 with each way of scaling
+    PART=demo    demo         the emoji demo; it needs what training needs, and the font at $FONT, Noto Color Emoji. A
+                              dry run makes the one of shapes
+
 A stage that fails, overruns or leaves a broken file does not keep the later ones from running. Which did is said last,
-and is the exit status. The results go to benchmarks/results/<gpu>.json and .md, and also to the folder $OUT where that
-is set, with the log of all output. Where the folder is no git repository, DALLE_FAST_COMMIT names the commit.
+and is the exit status. The results go to benchmarks/results/<gpu>.json and .md, those of another part to
+<gpu>-<part>.json and .md, what else a part makes to build/gpu/<part>; all also to the folder $OUT where that is set,
+with the log of all output. Where the folder is no git repository, DALLE_FAST_COMMIT names the commit.
+``gpu_table.py`` makes tables of the results, and compares two runs.
 
     make gpu DRY_RUN=1
 
@@ -54,6 +63,10 @@ BENCHMARKS = [
     f"benchmarks/bench_{name}.py"
     for name in ("grad_scale", "adamw16", "kv_cache", "gumbel", "cross_entropy", "attention")
 ]
+MODEL_BENCHMARKS = ["benchmarks/bench_model.py"]
+
+PARTS = ("ops", "models", "proof", "demo")
+FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 
 TOTAL_SECONDS = 460
 LIMIT_SECONDS = {
@@ -66,6 +79,9 @@ LIMIT_SECONDS = {
     "exercise": 30,
     "memcheck": 60,
     "racecheck": 60,
+    "models": 400,
+    "proof": 400,
+    "demo": 400,
 }
 SANITIZER_SECONDS = 70  # what the benchmark leaves for the stages after it
 LAST_ROW_SECONDS = 25  # from the benchmark's own limit, past which it begins no row, to its end
@@ -76,6 +92,7 @@ DRY_RUN_ROWS = "small-row"
 DRY_RUN_SELECTION = f"{DRY_RUN_ROWS} or forward-gumbel_quantize or small-linear_cross_entropy"
 DRY_RUN_PATIENCE = 10.0
 
+PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 TESTS_OF_GPU = "cuda or gpu or triton"
 FOUND_NO_GPU = re.compile(r"\b(?:needs a|no) (?:CUDA|GPU)")  # in the reason of a skip
 NEED_NO_GPU = {"test_cuda_sources.py", "test_cuda_kernels.py"}  # compilers alone
@@ -299,8 +316,8 @@ def count_without_gpu(junit: Path) -> int:
     return sum(FOUND_NO_GPU.search(reason) is not None for reason in reasons)
 
 
-def run_stages(run: Run, machine: dict[str, Any], dry_run: bool) -> tuple[dict[str, int], dict[str, Any]]:
-    """All stages after the first; the tests counted, and the benchmarks' parsed file."""
+def build(run: Run, machine: dict[str, Any]) -> None:
+    """Build the package into SITE."""
     python = [sys.executable, "-m"]
     shutil.rmtree(SITE, ignore_errors=True)
     for stale in (ROOT / "build").glob("lib*"):  # files deleted from the tree would live on in it
@@ -315,9 +332,11 @@ def run_stages(run: Run, machine: dict[str, Any], dry_run: bool) -> tuple[dict[s
         shutil.rmtree(SITE, ignore_errors=True)
         run.stage("install", [*python, *install], run.left("install"), DALLE_FAST_BUILD="skip")
 
+
+def run_ops(run: Run, dry_run: bool) -> tuple[dict[str, int], dict[str, Any]]:
+    """The stages of the part "ops" after the build; the tests counted, and the benchmarks' parsed file."""
     junit = BUILD / "tests.xml"
     junit.unlink(missing_ok=True)
-    pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider"]
     select = ["-k", TESTS_OF_GPU, "-rs", "--continue-on-collection-errors", f"--junitxml={junit}"]
 
     def judge_tests(status: int, output: str) -> tuple[str, str]:
@@ -332,21 +351,15 @@ def run_stages(run: Run, machine: dict[str, Any], dry_run: bool) -> tuple[dict[s
     workers = []
     if importlib.util.find_spec("xdist"):  # compiling the kernels takes most of the time, and one core each
         workers = ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "worksteal"]
-    run.stage("test", [*pytest, *workers, *select, *gpu_test_files()], run.left("test"), judge_tests)
+    run.stage("test", [*PYTEST, *workers, *select, *gpu_test_files()], run.left("test"), judge_tests)
 
     this = [sys.executable, str(Path(__file__).resolve())]
     rows = DRY_RUN_ROWS if dry_run else ""
     # The compiled code is found again in Inductor's cache on disk.
     run.stage("compile", [*this, "--compile", rows], run.left("compile"), TORCHINDUCTOR_COMPILE_THREADS="1")
 
-    benchmark_json = BUILD / "benchmark.json"
-    benchmark_json.unlink(missing_ok=True)
     seconds = run.left("benchmark", keep_seconds=SANITIZER_SECONDS)
-    command = [*pytest, *BENCHMARKS, "--benchmark-only", "-rs", f"--benchmark-json={benchmark_json}"]
-    command += ["--benchmark-columns=median,rounds", *(["-k", DRY_RUN_SELECTION] if dry_run else [])]
-    limit = {"DALLE_FAST_BENCH_SECONDS": f"{max(0.0, seconds - LAST_ROW_SECONDS):.0f}"}
-    run.stage("benchmark", command, seconds, DALLE_FAST_COMMIT=commit(), **limit)
-    benchmarks = read_benchmarks(benchmark_json)
+    benchmarks = run_benchmarks(run, BENCHMARKS, seconds, ["-k", DRY_RUN_SELECTION] if dry_run else [])
 
     exercise = [*this, "--exercise"]
     # Without the sanitizer first: it would slow the compiler down, too.
@@ -361,6 +374,38 @@ def run_stages(run: Run, machine: dict[str, Any], dry_run: bool) -> tuple[dict[s
     return count_tests(junit), benchmarks
 
 
+def run_benchmarks(
+    run: Run, files: list[str], seconds: float, options: list[str], **environment: str
+) -> dict[str, Any]:
+    """The stage "benchmark"; its parsed file."""
+    benchmark_json = BUILD / "benchmark.json"
+    benchmark_json.unlink(missing_ok=True)
+    command = [*PYTEST, *files, "--benchmark-only", "-rs", f"--benchmark-json={benchmark_json}"]
+    command += ["--benchmark-columns=median,rounds", *options]
+    environment["DALLE_FAST_BENCH_SECONDS"] = f"{max(0.0, seconds - LAST_ROW_SECONDS):.0f}"
+    run.stage("benchmark", command, seconds, DALLE_FAST_COMMIT=commit(), **environment)
+    return read_benchmarks(benchmark_json)
+
+
+def run_part(run: Run, part: str, dry_run: bool) -> tuple[dict[str, int], dict[str, Any]]:
+    """The stages of a part after the build; as :func:`run_ops`."""
+    folder = BUILD / part
+    if part == "ops":
+        return run_ops(run, dry_run)
+    if part == "models":
+        return {}, run_benchmarks(run, MODEL_BENCHMARKS, run.left("models"), [], DALLE_FAST_BENCH_SMALL="1")
+    shutil.rmtree(folder, ignore_errors=True)
+    device = "cpu" if dry_run else "cuda"
+    if part == "proof":
+        command = [sys.executable, str(ROOT / "benchmarks" / "precision_proof.py"), "--device", device]
+        run.stage("proof", [*command, "--out", str(folder)], run.left("proof"))
+    else:
+        data = ["shapes"] if dry_run else ["emoji", "--font", os.environ.get("FONT", FONT)]
+        command = [sys.executable, "-m", "dalle_fast", "demo", "--out", str(folder), "--data", *data]
+        run.stage("demo", command, run.left("demo"))
+    return {}, {}
+
+
 def _judge_sanitizer(status: int, output: str) -> tuple[str, str]:
     if SANITIZER_REFUSES in output:
         return SKIPPED, f"{SANITIZER} does not support this device"
@@ -368,12 +413,19 @@ def _judge_sanitizer(status: int, output: str) -> tuple[str, str]:
 
 
 def write_results(
-    folder: Path, name: str, machine: dict[str, Any], run: Run, tests: dict[str, int], benchmarks: dict[str, Any]
+    folder: Path,
+    name: str,
+    machine: dict[str, Any],
+    run: Run,
+    tests: dict[str, int],
+    benchmarks: dict[str, Any],
+    part: str = "ops",
 ) -> list[Path]:
     """The two files of results: all of it as JSON, and as Markdown to read."""
     stages = [vars(outcome) for outcome in run.outcomes]
     gathered = {"machine": machine, "stages": stages, "tests": tests, "benchmarks": benchmarks}
-    lines = [f"# {machine['gpu'] or 'Dry run without a GPU'}", "", "Made by `make gpu`.", ""]
+    command = "make gpu" if part == "ops" else f"make gpu PART={part}"
+    lines = [f"# {machine['gpu'] or 'Dry run without a GPU'}", "", f"Made by `{command}`.", ""]
     lines += [f"- {key}: {value}" for key, value in machine.items() if value is not None]
     lines += ["", "| stage | result | seconds | |", "| --- | --- | --: | --- |"]
     lines += [f"| {each.stage} | {each.result} | {each.seconds:.0f} | {each.detail} |" for each in run.outcomes]
@@ -431,10 +483,18 @@ def _quantize_once(sizes: Any) -> None:
     torch.cuda.empty_cache()
 
 
+def _copy_small_files(source: Path, target: Path) -> None:
+    """Pictures and numbers that a part made; not its data and checkpoints."""
+    for file in sorted(source.glob("*")):
+        if file.suffix in (".png", ".json", ".jsonl", ".md"):
+            shutil.copy(file, target)
+
+
 def main() -> int:
     """Run the stages; the exit status."""
-    parser = argparse.ArgumentParser(description="GPU tests, benchmarks and memory checks, in under eight minutes.")
+    parser = argparse.ArgumentParser(description="GPU tests, benchmarks, memory checks and training.")
     parser.add_argument("--dry-run", action="store_true", help="what a CPU can of every stage")
+    parser.add_argument("--part", choices=PARTS, default="ops", help="what is run (default: %(default)s)")
     parser.add_argument("--exercise", action="store_true", help="only the calls that compute-sanitizer watches")
     parser.add_argument("--compile", metavar="WORDS", help="only compile the rivals of rows whose id holds the words")
     arguments = parser.parse_args()
@@ -463,9 +523,12 @@ def main() -> int:
     machine |= {"driver": driver(), "system": platform.platform(), "commit": commit()}
     files = [log]
     try:
-        tests, benchmarks = run_stages(run, machine, arguments.dry_run)
+        part = arguments.part
+        build(run, machine)
+        tests, benchmarks = run_part(run, part, arguments.dry_run)
         folder, name = (BUILD, "dry-run") if arguments.dry_run else (RESULTS, slug(machine["gpu"]))
-        files += write_results(folder, name, machine, run, tests, benchmarks)
+        name += "" if part == "ops" else f"-{part}"
+        files += write_results(folder, name, machine, run, tests, benchmarks, part)
         run.say("")
         for outcome in run.outcomes:
             run.say(str(outcome))
@@ -476,6 +539,7 @@ def main() -> int:
         if os.environ.get("OUT"):
             for file in files:
                 shutil.copy(file, os.environ["OUT"])
+            _copy_small_files(BUILD / arguments.part, Path(os.environ["OUT"]))
     return 1 if failed else 0
 
 

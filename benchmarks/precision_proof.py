@@ -70,6 +70,7 @@ class Problem:
     learning_rate: float = 4e-3
     eps: float = 1e-20
     seed: int = 0
+    device: str = "cpu"
 
     @property
     def image_len(self) -> int:
@@ -95,14 +96,17 @@ WAYS = {
 
 
 class Matrix(nn.Module):
-    """x W^T, read and written in x's dtype, summed in float32; so are its gradients."""
+    """x W^T, read and written in x's dtype, summed in float32, as a GPU's matrix units do; so are its gradients."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x.float(), self.weight.to(x.dtype).float()).to(x.dtype)
+        weight = self.weight.to(x.dtype)
+        if x.is_cuda:
+            return F.linear(x, weight)
+        return F.linear(x.float(), weight.float()).to(x.dtype)
 
 
 class Block(nn.Module):
@@ -133,7 +137,8 @@ class AttentionBlock(Block):
 
     def branch(self, x: Tensor) -> Tensor:
         qkv = self.first(x).unflatten(-1, (3, self.heads, -1))
-        return self.last(attention_qkvpacked(qkv.float(), self.pattern).flatten(-2).to(x.dtype))
+        attended = attention_qkvpacked(qkv if qkv.is_cuda else qkv.float(), self.pattern)
+        return self.last(attended.flatten(-2).to(x.dtype))
 
 
 class MLPBlock(Block):
@@ -202,7 +207,8 @@ def make_batch(problem: Problem, count: int, index: int) -> tuple[Tensor, Tensor
     image = torch.cat(image, dim=1)
     current, following = image[:, :-1], image[:, 1:]
     column = torch.arange(problem.image_len) % problem.side % problem.columns
-    return torch.cat([text, current], dim=1), following, noisy(table[current, column])
+    batch = torch.cat([text, current], dim=1), following, noisy(table[current, column])
+    return tuple(part.to(problem.device) for part in batch)
 
 
 def losses(network: Network, batch: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -237,7 +243,7 @@ def log2(scales: list[float]) -> list[float]:
 def make_network(problem: Problem, way: Way) -> Network:
     """The same initial weights for every way of one problem."""
     torch.manual_seed(problem.seed)
-    network = Network(problem)
+    network = Network(problem).to(problem.device)
     for block in network.blocks:
         block.dtype = way.dtype
         if way.adamw16:
@@ -275,7 +281,7 @@ class NoScaling:
         return 1.0
 
 
-def make_scaler(way: Way, network: Network) -> Any:
+def make_scaler(problem: Problem, way: Way, network: Network) -> Any:
     """The way's scaler, told to the blocks.
 
     Both scalers' constants are for runs of a hundred thousand updates. ResblockGradScaler's rates are eight times as
@@ -284,7 +290,7 @@ def make_scaler(way: Way, network: Network) -> Any:
     updates in place of 2000. All else, limits among it, is as by default.
     """
     if way.scaling == "global":
-        return torch.amp.GradScaler("cpu", growth_interval=16)
+        return torch.amp.GradScaler(problem.device, growth_interval=16)
     if way.scaling is None:
         return NoScaling()
     scaler = ResblockGradScaler(
@@ -304,7 +310,7 @@ def train(problem: Problem, way: Way, log: Callable[[str], None] = lambda line: 
     start = time.perf_counter()
     network = make_network(problem, way)
     initial = [[weight.detach().clone() for weight in matrices(block)] for block in network.blocks]
-    optimizer, scaler = make_optimizer(problem, way, network), make_scaler(way, network)
+    optimizer, scaler = make_optimizer(problem, way, network), make_scaler(problem, way, network)
     curves: dict[str, list[float]] = {"first": [], "second": []}
     flushed, scales, skipped = [], [], []
     for update in range(problem.updates):
@@ -367,7 +373,9 @@ def sweep(problem: Problem, trained: Network, exponents: range) -> dict[str, lis
         weights = [weight for block in blocks for weight in matrices(block)]
         found[f"{name}_flushed"], found[f"{name}_overflow"] = [], []
         for exponent in exponents:
-            grads = torch.autograd.grad(loss, weights, torch.tensor(2.0**exponent), retain_graph=True)
+            grads = torch.autograd.grad(
+                loss, weights, torch.tensor(2.0**exponent, device=problem.device), retain_graph=True
+            )
             found[f"{name}_flushed"].append(round(zero_share(list(grads)), 4))
             found[f"{name}_overflow"].append(not all(bool(grad.isfinite().all()) for grad in grads))
     return found
@@ -479,9 +487,12 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=1, help="default: %(default)s: small tensors gain little by more"
     )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="default: %(default)s")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    results = prove(Problem(seed=arguments.seed), print)
+    torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    results = prove(Problem(seed=arguments.seed, device=arguments.device), print)
     write(results, arguments.out)
     for name, way in results["ways"].items():
         print(

@@ -58,28 +58,28 @@ def _heading(run: dict[str, Any]) -> list[str]:
 def _table(name: str, rows: list[dict[str, Any]]) -> list[str]:
     rates = list(dict.fromkeys(rate for row in rows for rate in row["extra_info"]))
     titles = ["benchmark", "median", "p20 to p80", "rounds", "speed", *(rate.replace("_per_s", "/s") for rate in rates)]
-    lines = ["", f"### {name}", "", _line(titles), _line(["---"] + ["--:"] * (len(titles) - 1))]
+    lines = ["", f"### {name}", "", table_line(titles), table_line(["---"] + ["--:"] * (len(titles) - 1))]
     first = rows[0]["stats"]["median"]
     for row in rows:
         stats = row["stats"]
         low, high = _percentiles(stats["data"])
         cells = [
             row["name"].removeprefix("test_"),
-            f"{_milliseconds(stats['median'])} ms",
-            f"{_milliseconds(low)} to {_milliseconds(high)}",
+            f"{milliseconds(stats['median'])} ms",
+            f"{milliseconds(low)} to {milliseconds(high)}",
             str(stats["rounds"]),
             f"{first / stats['median']:.2f}",
-            *(_round(row["extra_info"][rate]) if rate in row["extra_info"] else "" for rate in rates),
+            *(short(row["extra_info"][rate]) if rate in row["extra_info"] else "" for rate in rates),
         ]
-        lines.append(_line(cells))
+        lines.append(table_line(cells))
     return lines
 
 
 _OP_COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # extra info: title, text
-    "tflop_per_s": ("TFLOP/s", lambda rate: _round(rate)),
+    "tflop_per_s": ("TFLOP/s", lambda rate: short(rate)),
     "roofline": ("roofline", lambda share: f"{100 * share:.0f}%"),
-    "peak_bytes": ("memory", lambda size: f"{_round(size / 2**20)} MiB"),
-    "cache_bytes": ("cache", lambda size: f"{_round(size / 2**20)} MiB"),
+    "peak_bytes": ("memory", lambda size: f"{short(size / 2**20)} MiB"),
+    "cache_bytes": ("cache", lambda size: f"{short(size / 2**20)} MiB"),
     "mask_ceiling": ("ceiling", lambda ratio: f"{ratio:.2f}"),
     "error": ("error", lambda error: f"{error:.1e}"),
 }
@@ -91,20 +91,20 @@ def _op_table(title: str, rows: list[dict[str, Any]]) -> list[str]:
     columns = {key: column for key, column in _OP_COLUMNS.items() if any(key in row["extra_info"] for row in rows)}
     titles = ["pattern", "op", "median", "p20 to p80", "rounds", *(name for name, _ in columns.values())]
     titles += [f"{op} / op" for op in rivals]
-    lines = ["", f"### {title}", "", _line(titles), _line(["---"] * 2 + ["--:"] * (len(titles) - 2))]
+    lines = ["", f"### {title}", "", table_line(titles), table_line(["---"] * 2 + ["--:"] * (len(titles) - 2))]
     for row in rows:
         stats, info = row["stats"], row["extra_info"]
         low, high = _percentiles(stats["data"])
         cells = [
             info["pattern"],
             info["op"],
-            f"{_milliseconds(stats['median'])} ms",
-            f"{_milliseconds(low)} to {_milliseconds(high)}",
+            f"{milliseconds(stats['median'])} ms",
+            f"{milliseconds(low)} to {milliseconds(high)}",
             str(stats["rounds"]),
             *("" if info.get(key) is None else text(info[key]) for key, (_, text) in columns.items()),
             *(f"{info['slower'][op]:.2f}" if op in info["slower"] else "" for op in rivals),
         ]
-        lines.append(_line(cells))
+        lines.append(table_line(cells))
     return lines
 
 
@@ -116,15 +116,15 @@ def _percentiles(seconds: list[float]) -> tuple[float, float]:
     return fifths[0], fifths[-1]
 
 
-def _line(cells: list[str]) -> str:
+def table_line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _milliseconds(seconds: float) -> str:
-    return _round(1000 * seconds)
+def milliseconds(seconds: float) -> str:
+    return short(1000 * seconds)
 
 
-def _round(value: float) -> str:
+def short(value: float) -> str:
     """Three significant digits, without an exponent."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 

@@ -34,6 +34,8 @@ import peers
 import torch
 from torch import Tensor, nn
 
+from dalle_fast.models.transformer import DalleConfig
+
 DEPTH, WIDTH, HEADS, HEAD_DIM = 12, 512, 8, 64
 TEXT_LEN, GRID = 256, 32
 TEXT_CODES, IMAGE_CODES = 8192, 8192
@@ -66,25 +68,46 @@ def make_rival(attention: tuple[str, ...] = FULL, hidden: int = HIDDEN) -> nn.Mo
     Raises:
         ImportError: the package is not installed.
     """
-    package = _import_package()
-    torch.manual_seed(0)
-    vae = _make_vae(package)
-    model = package.DALLE(
-        dim=WIDTH,
-        vae=vae,
-        num_text_tokens=TEXT_CODES,
-        text_seq_len=TEXT_LEN,
+    config = DalleConfig(
+        text_vocab_size=TEXT_CODES,
+        image_vocab_size=IMAGE_CODES,
+        text_len=TEXT_LEN,
+        grid=(GRID, GRID),
         depth=DEPTH,
+        width=WIDTH,
         heads=HEADS,
-        dim_head=HEAD_DIM,
-        attn_types=attention,
-        optimize_for_inference=attention != FULL,
     )
+    model = make_package_model(config, attention)
     feed_forward = sys.modules["dalle_pytorch.transformer"].FeedForward
     for layer in model.modules():
         if isinstance(layer, feed_forward):  # takes whole multiples of the width only
             layer.net[0], layer.net[3] = nn.Linear(WIDTH, 2 * hidden), nn.Linear(hidden, WIDTH)
     return model.eval()
+
+
+def make_package_model(config: DalleConfig, attention: tuple[str, ...] = FULL) -> nn.Module:
+    """DALLE-pytorch's model of a configuration's sizes, as the package makes it, the same weights at every call.
+
+    Args:
+        config: with a square grid.
+        attention: see :func:`make_rival`.
+
+    Raises:
+        ImportError: the package is not installed.
+    """
+    package = _import_package()
+    torch.manual_seed(0)
+    return package.DALLE(
+        dim=config.width,
+        vae=_make_vae(package, config),
+        num_text_tokens=config.text_vocab_size,
+        text_seq_len=config.text_len,
+        depth=config.depth,
+        heads=config.heads,
+        dim_head=config.head_dim,
+        attn_types=attention,
+        optimize_for_inference=attention != FULL,
+    )
 
 
 def num_parameters(model: nn.Module) -> int:
@@ -185,9 +208,9 @@ def _import_package() -> ModuleType:
     return peers.import_past_packages("dalle_pytorch", "dalle_pytorch")
 
 
-def _make_vae(package: ModuleType) -> nn.Module:
+def _make_vae(package: ModuleType, config: DalleConfig) -> nn.Module:
     class SizesOnly(package.OpenAIDiscreteVAE):
-        image_size, num_tokens, num_layers = 8 * GRID, IMAGE_CODES, 3
+        image_size, num_tokens, num_layers = 8 * config.grid[0], config.image_vocab_size, 3
         primer: Tensor  # what images encode to
 
         def get_codebook_indices(self, images: Tensor) -> Tensor:

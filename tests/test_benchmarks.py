@@ -26,6 +26,7 @@ sys.path.append(str(BENCHMARKS))
 import bench_attention  # noqa: E402
 import exercise  # noqa: E402
 import gpu  # noqa: E402
+import gpu_table  # noqa: E402
 import measure  # noqa: E402
 import oracle  # noqa: E402
 import peers  # noqa: E402
@@ -654,6 +655,116 @@ def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
     output = capsys.readouterr().out
     assert f"make gpu needs an NVIDIA GPU, and torch {torch.__version__} is " in output
     assert "make gpu DRY_RUN=1 runs what a CPU can of it." in output
+
+
+def test_results_of_another_part(tmp_path, stages):
+    written = gpu.write_results(tmp_path, "nvidia-h200-models", {"gpu": "NVIDIA H200"}, stages, {}, {}, "models")
+    assert "Made by `make gpu PART=models`." in written[1].read_text()
+
+
+@pytest.mark.parametrize(("part", "stage"), [("models", "benchmark"), ("proof", "proof"), ("demo", "demo")])
+def test_parts_are_one_stage_each(part, stage, tmp_path, monkeypatch):
+    """What is run, without running it."""
+    calls = []
+    monkeypatch.setattr(gpu, "BUILD", tmp_path)
+    monkeypatch.setattr(gpu.Run, "stage", lambda self, name, command, seconds, **more: calls.append((name, command)))
+    run = gpu.Run(tmp_path / "log.txt")
+    assert gpu.run_part(run, part, dry_run=False) == ({}, {})
+    ((name, command),) = calls
+    assert name == stage
+    assert {"models": "benchmarks/bench_model.py", "proof": "cuda", "demo": "emoji"}[part] in command
+    assert all(Path(word).exists() for word in command if word.endswith(".py"))
+
+
+def test_small_files_of_a_part_are_kept(tmp_path):
+    (tmp_path / "part" / "data").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    for name in ("samples.png", "metrics.json", "model.safetensors", "data/0.png"):
+        (tmp_path / "part" / name).touch()
+    gpu._copy_small_files(tmp_path / "part", tmp_path / "out")
+    gpu._copy_small_files(tmp_path / "nothing", tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["metrics.json", "samples.png"]
+
+
+def test_a_module_is_the_command():
+    command = [sys.executable, "-m", "dalle_fast", "demo", "--help"]
+    assert "usage: dalle-fast demo" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def plain_row(name, median, group="adamw16", **info):
+    stats = {"median": median, "data": [median], "rounds": 1}
+    return {"name": name, "group": group, "extra_info": info, "stats": stats}
+
+
+def gpu_run(*rows, name="NVIDIA H200"):
+    return {"machine": {"gpu": name, "driver": "580.1", "torch": "2.11"}, "benchmarks": make_run(*rows)}
+
+
+def test_the_table_of_gpus():
+    ops = gpu_run(
+        row("attention", "row", 0.002),
+        row("sdpa_mask", "row", 0.009),
+        row("attention", "row", 0.005, grid=64),
+        row("sdpa_mask", "row", 0.009, grid=64),
+        plain_row("test_adamw16[float16]", 0.001, copy_share=0.856, fused_over_own=1.4),
+    )
+    models = gpu_run(plain_row("test_training[bf16]", 0.1, "model-training", tokens_per_s=123456.0, matrix_share=0.5))
+    other = gpu_run(plain_row("test_copy", 0.2, "copies"), name="NVIDIA H100")
+    lines = gpu_table.table([ops, models, other, {"machine": {"gpu": "NVIDIA L4"}, "benchmarks": {}}]).splitlines()
+    assert lines == [
+        "On one NVIDIA H200 (driver 580.1, torch 2.11):",
+        "",
+        "|  | median | rivals' times over it, or its share |",
+        "| --- | --: | --- |",
+        "| `attention`, row, attention-forward, 32 x 32 | 2 ms | sdpa_mask 4.50x |",
+        "| adamw16: adamw16[float16] | 1 ms | copy_share 86%, fused_over_own 1.40 |",
+        "| model-training: training[bf16] | 100 ms | matrix_share 50%, 123456 tokens/s |",
+        "",
+        "On one NVIDIA H100 (driver 580.1, torch 2.11):",
+        "",
+        "|  | median | rivals' times over it, or its share |",
+        "| --- | --: | --- |",
+        "| copies: copy | 200 ms |  |",
+    ]
+
+
+def test_the_readme_has_the_table_of_now():
+    block = gpu_table.table(gpu_table.read_runs(gpu_table.RESULTS))
+    text = (ROOT / "README.md").read_text("utf-8")
+    assert gpu_table.put_into(text, block) == text
+    assert gpu_table.put_into(gpu_table.put_into(text, "other"), block) == text
+    with pytest.raises(ValueError, match="must hold the lines"):
+        gpu_table.put_into("no marks", block)
+
+
+def test_two_runs_are_compared(tmp_path, monkeypatch, capsys):
+    def rows(rival, second, share):
+        return make_run(
+            row("attention", "row", 2.0),
+            row("sdpa_mask", "row", rival),
+            plain_row("first", 1.0),
+            plain_row("second", second, copy_share=share),
+        )["benchmarks"]
+
+    base = rows(9.0, 2.0, 0.8)
+    assert gpu_table.compare(base, rows(9.4, 2.08, 0.79)) == []
+    different = gpu_table.compare(base, rows(10.0, 1.5, 0.5))
+    assert [line.split(":")[0] for line in different] == ["second", "second", "test_attention", "test_sdpa_mask"]
+    assert "second: time / the group's first: 2, then 1.5 (-25%)" in different
+    assert gpu_table.compare(base, base[:3]) == [
+        "only in the first run: second: copy_share",
+        "only in the first run: second: time / the group's first",
+    ]
+
+    files = [tmp_path / "one.json", tmp_path / "two.json"]
+    for file, second in zip(files, (2.0, 3.0), strict=True):
+        file.write_text(json.dumps({"benchmarks": {"benchmarks": rows(9.0, second, 0.8)}}))
+    for two, status in ((files[0], 0), (files[1], 1)):
+        monkeypatch.setattr(sys, "argv", ["gpu_table.py", "--compare", str(files[0]), str(two)])
+        assert gpu_table.main() == status
+    output = capsys.readouterr().out
+    assert output.startswith("5 ratios, all within 5%\n")
+    assert "then 3 (+50%)" in output
 
 
 def test_the_calls_that_the_sanitizer_watches(capsys):

@@ -6,10 +6,12 @@ Results are the same bits, but for sums of squares, whose order is each device's
 
 import dataclasses
 import math
+from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
-from helpers import needs_extension
+from helpers import needs_extension, random_captions, random_image_tokens, tiny_dalle
 from precision_cases import (
     DTYPES,
     RULES,
@@ -27,7 +29,8 @@ from precision_cases import (
 )
 from torch import Tensor
 
-from dalle_fast import reference, scaled_resblock
+from dalle_fast import AdamW16, ResblockGradScaler, reference, scaled_resblock
+from dalle_fast.models.dvae import DVAE, DVAEConfig
 from dalle_fast.ops import backends
 from dalle_fast.ops.adamw16 import UpdatedTensors, adamw16_
 from dalle_fast.ops.grad_scale import unscale_
@@ -197,6 +200,73 @@ def test_no_cuda_synchronisation():
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def training_update(kind: str, precision: str, device: str) -> Callable[[], Tensor]:
+    """An update of a small model as the training commands make it, a function of nothing."""
+    if kind == "dvae":
+        config = DVAEConfig(image_size=16, vocab_size=32, hidden=8, codebook_dim=8, groups=2, blocks_per_group=1)
+        model = DVAE(config).to(device)
+        images = torch.rand(2, 3, 16, 16, device=device)
+        compute_loss = partial(model.loss, images, 0.5, 1.0)
+    else:
+        model = tiny_dalle().to(device)
+        text, tokens = random_captions(model.config, [3, 2]), random_image_tokens(model.config, 2)
+        compute_loss = partial(model.loss, text.to(device), tokens.to(device))
+    scaler = None
+    if precision == "fp16":
+        model.cast_blocks(torch.float16)
+        scaler = ResblockGradScaler(model.branches())
+        model.set_grad_scales(scaler.block_scales)
+        optimizer = AdamW16(model.parameters(), lr=1e-3, grad_clip=4.0, seed=0)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+
+    def update() -> Tensor:
+        with torch.autocast(device, torch.bfloat16, enabled=scaler is None):
+            loss = compute_loss().total
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if scaler is None:
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 4.0)
+            optimizer.step()
+        else:
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        return loss.detach()
+
+    return update
+
+
+each_kind = pytest.mark.parametrize("kind", ["dalle", "dvae"])
+each_precision = pytest.mark.parametrize("precision", ["bf16", "fp16"])
+
+
+@each_device
+@each_precision
+@each_kind
+def test_training_updates_learn(device, kind, precision):
+    update = training_update(kind, precision, device)
+    first = update()
+    for _ in range(30):
+        last = update()
+    assert last.isfinite() and last < first
+
+
+@on_gpu
+@each_precision
+@each_kind
+def test_no_cuda_synchronisation_in_a_training_update(kind, precision):
+    update = training_update(kind, precision, "cuda")
+    for _ in range(3):
+        update()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        update()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
