@@ -15,7 +15,8 @@
 Extra info: ``tokens_per_s``, of a sequence's; ``teraflops``, useful ones, which leave out what a mask hides and count a
 backward pass as twice the forward pass (attention: 2.5 times); ``matrix_share``, these over a large matrix product's
 rate; ``peak_gib``, of an update, beyond weights and moments; ``images_per_s``; ``bandwidth_share``, the time to read
-the step's matrices once at a large copy's rate, over the step's.
+the step's matrices once at a large copy's rate, over the step's. ``product_share`` and ``attention_share``: of the time
+that an update's kernels take, by their names; ``kernels``: those that take most, with their shares.
 
 On a CPU it is skipped, or with DALLE_FAST_BENCH_SMALL=1 runs at sizes that show that it works, and nothing else.
 """
@@ -26,6 +27,7 @@ import dataclasses
 import functools
 import math
 import os
+import re
 from collections.abc import Callable, Iterator
 
 import measure
@@ -60,6 +62,12 @@ STEPS = CONFIG.image_len // 4  # of the token step in one timed call
 UPDATES_TO_LEARN = 4
 RULE = {"lr": 4.5e-4, "betas": (0.9, 0.96), "weight_decay": 4.5e-2}  # the paper's
 GRAD_CLIP = 4.0
+KERNELS_KEPT = 16
+# What kernels of matrix products (cuBLAS, CUTLASS) and of attention are called, on a CPU the ops.
+KERNEL_WORDS = {
+    "product": "gemm|cutlass(?!.*(fmha|flash))|nvjet|xmma|::addmm|::mm$",
+    "attention": "attention|fmha|flash|attend|_dkdv|_dq",
+}
 
 pytestmark = [
     pytest.mark.benchmark(timer=measure.clock),
@@ -167,6 +175,33 @@ def time_updates(
         benchmark.extra_info["peak_gib"] = peak / 2**30
 
 
+def kernel_shares(update: Callable[[], Tensor]) -> dict[str, float]:
+    """Each kernel's part of the time that all take in one update, the longest first; of ops on a CPU."""
+    activity = torch.profiler.ProfilerActivity.CUDA if ON_GPU else torch.profiler.ProfilerActivity.CPU
+    with torch.profiler.profile(activities=[activity]) as profile:
+        update()
+        if ON_GPU:
+            torch.cuda.synchronize()
+    spent = {
+        event.key: event.self_device_time_total if ON_GPU else event.self_cpu_time_total
+        for event in profile.key_averages()
+    }
+    longest = sorted(spent, key=spent.get, reverse=True)
+    return {name: spent[name] / sum(spent.values()) for name in longest if spent[name] > 0}
+
+
+def report_kernels(benchmark, update: Callable[[], Tensor]) -> None:
+    """What of an update is products, what attention, and what the rest is."""
+    if benchmark.stats is None:
+        return
+    shares = kernel_shares(update)
+    for part, words in KERNEL_WORDS.items():
+        benchmark.extra_info[f"{part}_share"] = sum(
+            share for name, share in shares.items() if re.search(words, name, re.IGNORECASE)
+        )
+    benchmark.extra_info["kernels"] = dict(list(shares.items())[:KERNELS_KEPT])
+
+
 def report_speed(benchmark, flops: float) -> None:
     """Of an update's useful operations."""
     if benchmark.stats is None:
@@ -195,6 +230,7 @@ def test_training(benchmark, way, attention):
     expected = first_loss()
     model, update = make_update(way)
     time_updates(benchmark, update, expected)
+    report_kernels(benchmark, update)
     report_speed(benchmark, 3 * linear_flops(model, BATCH) + 3.5 * attention_flops(CONFIG, BATCH))
 
 

@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in four commands of under eight minutes each: ``make gpu`` and ``make gpu PART=...``.
+"""Everything that needs a GPU, in five commands of under eight minutes each: ``make gpu`` and ``make gpu PART=...``.
 
 The package is built into build/gpu/site, offline and with what is installed, and used from there; nothing outside the
 repository is written to, and build/gpu keeps what is compiled too. The stages, each with a time limit:
@@ -16,7 +16,10 @@ repository is written to, and build/gpu keeps what is compiled too. The stages, 
 That is the part "ops". The others have machine and build too, and then
 
     PART=models  benchmark    bench_model: updates in training, whole images and the token step of large transformers
+                 plot         what an update spends its time in
     PART=proof   proof        precision_proof.py: a deep network in fp32, bf16, and fp16 with each way of scaling
+    PART=profile profile      every kernel at its benchmark's size under Nsight Compute: speed of light, occupancy, why
+                              warps wait; build/gpu/profile/kernels.csv
     PART=demo    demo         the emoji demo; it needs what training needs, and the font at $FONT, Noto Color Emoji. A
                               dry run makes the one of shapes
 
@@ -65,7 +68,7 @@ BENCHMARKS = [
 ]
 MODEL_BENCHMARKS = ["benchmarks/bench_model.py"]
 
-PARTS = ("ops", "models", "proof", "demo")
+PARTS = ("ops", "models", "proof", "profile", "demo")
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 
 TOTAL_SECONDS = 460
@@ -80,7 +83,9 @@ LIMIT_SECONDS = {
     "memcheck": 60,
     "racecheck": 60,
     "models": 400,
+    "plot": 20,
     "proof": 400,
+    "profile": 300,
     "demo": 400,
 }
 SANITIZER_SECONDS = 70  # what the benchmark leaves for the stages after it
@@ -97,6 +102,9 @@ TESTS_OF_GPU = "cuda or gpu or triton"
 FOUND_NO_GPU = re.compile(r"\b(?:needs a|no) (?:CUDA|GPU)")  # in the reason of a skip
 NEED_NO_GPU = {"test_cuda_sources.py", "test_cuda_kernels.py"}  # compilers alone
 SANITIZER = "compute-sanitizer"
+PROFILER = "ncu"
+PROFILE = [PROFILER, "--profile-from-start", "off", "--nvtx", "--clock-control", "none", "--csv", "--page", "details"]
+PROFILE_SECTIONS = ("SpeedOfLight", "Occupancy", "LaunchStats", "MemoryWorkloadAnalysis", "WarpStateStats")
 SANITIZER_REFUSES = "Device not supported"
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
@@ -392,18 +400,44 @@ def run_part(run: Run, part: str, dry_run: bool) -> tuple[dict[str, int], dict[s
     folder = BUILD / part
     if part == "ops":
         return run_ops(run, dry_run)
-    if part == "models":
-        return {}, run_benchmarks(run, MODEL_BENCHMARKS, run.left("models"), [], DALLE_FAST_BENCH_SMALL="1")
     shutil.rmtree(folder, ignore_errors=True)
+    if part == "models":
+        benchmarks = run_benchmarks(run, MODEL_BENCHMARKS, run.left("models"), [], DALLE_FAST_BENCH_SMALL="1")
+        plot_kernels(run, folder, benchmarks)
+        return {}, benchmarks
     device = "cpu" if dry_run else "cuda"
     if part == "proof":
         command = [sys.executable, str(ROOT / "benchmarks" / "precision_proof.py"), "--device", device]
         run.stage("proof", [*command, "--out", str(folder)], run.left("proof"))
+    elif part == "profile":
+        run_profile(run, folder, dry_run)
     else:
         data = ["shapes"] if dry_run else ["emoji", "--font", os.environ.get("FONT", FONT)]
         command = [sys.executable, "-m", "dalle_fast", "demo", "--out", str(folder), "--data", *data]
         run.stage("demo", command, run.left("demo"))
     return {}, {}
+
+
+def plot_kernels(run: Run, folder: Path, benchmarks: dict[str, Any]) -> None:
+    """The stage "plot"."""
+    if importlib.util.find_spec("matplotlib") is None or not benchmarks:
+        run.note(Outcome("plot", SKIPPED, 0, "matplotlib is not installed" if benchmarks else "nothing to draw"))
+        return
+    folder.mkdir(parents=True)
+    command = [sys.executable, str(ROOT / "benchmarks" / "plot_kernels.py"), str(BUILD / "benchmark.json")]
+    run.stage("plot", [*command, "--out", str(folder / "kernels.png")], run.left("plot"))
+
+
+def run_profile(run: Run, folder: Path, dry_run: bool) -> None:
+    """The stage "profile"; a dry run makes the calls without the profiler."""
+    command = [sys.executable, str(Path(__file__).resolve()), "--profiled"]
+    if not dry_run and shutil.which(PROFILER) is None:
+        run.note(Outcome("profile", SKIPPED, 0, f"{PROFILER} is not installed"))
+        return
+    folder.mkdir(parents=True)
+    sections = [word for section in PROFILE_SECTIONS for word in ("--section", section)]
+    watched = [] if dry_run else [*PROFILE, *sections, "--log-file", str(folder / "kernels.csv")]
+    run.stage("profile", [*watched, *command], run.left("profile"))
 
 
 def _judge_sanitizer(status: int, output: str) -> tuple[str, str]:
@@ -486,7 +520,7 @@ def _quantize_once(sizes: Any) -> None:
 def _copy_small_files(source: Path, target: Path) -> None:
     """Pictures and numbers that a part made; not its data and checkpoints."""
     for file in sorted(source.glob("*")):
-        if file.suffix in (".png", ".json", ".jsonl", ".md"):
+        if file.suffix in (".png", ".json", ".jsonl", ".csv", ".md"):
             shutil.copy(file, target)
 
 
@@ -496,6 +530,7 @@ def main() -> int:
     parser.add_argument("--dry-run", action="store_true", help="what a CPU can of every stage")
     parser.add_argument("--part", choices=PARTS, default="ops", help="what is run (default: %(default)s)")
     parser.add_argument("--exercise", action="store_true", help="only the calls that compute-sanitizer watches")
+    parser.add_argument("--profiled", action="store_true", help="only the calls that the profiler watches")
     parser.add_argument("--compile", metavar="WORDS", help="only compile the rivals of rows whose id holds the words")
     arguments = parser.parse_args()
     sys.path.insert(0, str(Path(__file__).parent))  # for the other files here; PYTHONSAFEPATH keeps it out
@@ -503,6 +538,11 @@ def main() -> int:
         from exercise import exercise
 
         exercise()
+        return 0
+    if arguments.profiled:
+        from profiled import run_profiled
+
+        run_profiled()
         return 0
     if arguments.compile is not None:
         compile_rivals(arguments.compile)

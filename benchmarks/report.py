@@ -56,7 +56,7 @@ def _heading(run: dict[str, Any]) -> list[str]:
 
 
 def _table(name: str, rows: list[dict[str, Any]]) -> list[str]:
-    rates = list(dict.fromkeys(rate for row in rows for rate in row["extra_info"]))
+    rates = list(dict.fromkeys(rate for row in rows for rate in row["extra_info"] if rate != "kernels"))
     titles = ["benchmark", "median", "p20 to p80", "rounds", "speed", *(rate.replace("_per_s", "/s") for rate in rates)]
     lines = ["", f"### {name}", "", table_line(titles), table_line(["---"] + ["--:"] * (len(titles) - 1))]
     first = rows[0]["stats"]["median"]
@@ -72,6 +72,11 @@ def _table(name: str, rows: list[dict[str, Any]]) -> list[str]:
             *(short(row["extra_info"][rate]) if rate in row["extra_info"] else "" for rate in rates),
         ]
         lines.append(table_line(cells))
+    for row in rows:
+        if "kernels" in row["extra_info"]:
+            shares = row["extra_info"]["kernels"].items()
+            said = ", ".join(f"`{kernel}` {100 * share:.1f}%" for kernel, share in shares)
+            lines += ["", f"Kernels of {row['name'].removeprefix('test_')}: {said}"]
     return lines
 
 

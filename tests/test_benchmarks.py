@@ -30,6 +30,7 @@ import gpu_table  # noqa: E402
 import measure  # noqa: E402
 import oracle  # noqa: E402
 import peers  # noqa: E402
+import profiled  # noqa: E402
 import report  # noqa: E402
 import rivals  # noqa: E402
 import sampling_rivals  # noqa: E402
@@ -662,18 +663,55 @@ def test_results_of_another_part(tmp_path, stages):
     assert "Made by `make gpu PART=models`." in written[1].read_text()
 
 
-@pytest.mark.parametrize(("part", "stage"), [("models", "benchmark"), ("proof", "proof"), ("demo", "demo")])
+PART_STAGES = [("models", "benchmark"), ("proof", "proof"), ("profile", "profile"), ("demo", "demo")]
+
+
+@pytest.mark.parametrize(("part", "stage"), PART_STAGES)
 def test_parts_are_one_stage_each(part, stage, tmp_path, monkeypatch):
     """What is run, without running it."""
     calls = []
     monkeypatch.setattr(gpu, "BUILD", tmp_path)
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(gpu.Run, "stage", lambda self, name, command, seconds, **more: calls.append((name, command)))
     run = gpu.Run(tmp_path / "log.txt")
     assert gpu.run_part(run, part, dry_run=False) == ({}, {})
-    ((name, command),) = calls
+    name, command = calls[0]
     assert name == stage
-    assert {"models": "benchmarks/bench_model.py", "proof": "cuda", "demo": "emoji"}[part] in command
+    words = {"models": "benchmarks/bench_model.py", "proof": "cuda", "profile": "ncu", "demo": "emoji"}
+    assert words[part] in command
     assert all(Path(word).exists() for word in command if word.endswith(".py"))
+
+
+def test_kernels_of_an_update(tmp_path, stages, monkeypatch):
+    pytest.importorskip("matplotlib")
+    import plot_kernels
+
+    kernels = {"nvjet_tst_128x256": 0.5, "a kernel with a name of more than sixty characters, as templates have": 0.25}
+    run = make_run(plain_row("test_training[bf16]", 0.1, "model-training", kernels=kernels), plain_row("other", 0.1))
+    text = report.report(run)
+    assert "Kernels of training[bf16]: `nvjet_tst_128x256` 50.0%, `a kernel" in text
+    monkeypatch.setattr(gpu, "BUILD", tmp_path)
+    (tmp_path / "benchmark.json").write_text(json.dumps(run))
+    gpu.plot_kernels(stages, tmp_path / "models", run)
+    gpu.plot_kernels(stages, tmp_path / "models", {})
+    assert [(outcome.stage, outcome.result) for outcome in stages.outcomes] == [("plot", "passed"), ("plot", "skipped")]
+    assert (tmp_path / "models" / "kernels.png").stat().st_size > 10_000
+    with pytest.raises(ValueError, match="a row with its kernels"):
+        plot_kernels.draw(make_run(plain_row("other", 0.1)))
+
+
+def test_a_profile_needs_its_profiler(tmp_path, stages, monkeypatch):
+    monkeypatch.setattr(gpu.shutil, "which", lambda name: None)
+    gpu.run_profile(stages, tmp_path / "profile", dry_run=False)
+    assert [str(outcome) for outcome in stages.outcomes] == ["profile: skipped after 0 s, ncu is not installed"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_the_calls_that_the_profiler_watches(capsys):
+    profiled.run_profiled()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["attention row", "attention column", "attention conv"]
+    assert {"decode row", "gumbel_quantize", "linear_cross_entropy"} <= set(lines)
 
 
 def test_small_files_of_a_part_are_kept(tmp_path):
