@@ -55,6 +55,8 @@ BATCHES = [
     Batch("shared", "64 samples of 1 text", 64, 1),
     Batch("apart", "64 samples of 64 texts", 64, 64),
 ]
+if measure.DEVICE == "cuda":  # as many as the paper draws for a caption
+    BATCHES.insert(2, Batch("many", "512 samples of 1 text", 512, 1))
 PLACES = (512, 1023)  # in the image
 PATTERNS = [Row(TEXT_LEN, GRID), Column(TEXT_LEN, GRID), Conv(TEXT_LEN, GRID)]
 FULL = Full(TEXT_LEN, GRID)

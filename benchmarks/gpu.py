@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in five commands of under eight minutes each: ``make gpu`` and ``make gpu PART=...``.
+"""Everything that needs a GPU: ``make gpu PART=all``, or part by part in under eight minutes each.
 
 The package is built into build/gpu/site, offline and with what is installed, and used from there; nothing outside the
 repository is written to, and build/gpu keeps what is compiled too. The stages, each with a time limit:
@@ -13,15 +13,17 @@ repository is written to, and build/gpu keeps what is compiled too. The stages, 
     memcheck     the same under compute-sanitizer, where it is installed
     racecheck    the same
 
-That is the part "ops". The others have machine and build too, and then
+That is ``make gpu``, the part "ops". The others have machine and build too, and then
 
     PART=models  benchmark    bench_model: updates in training, whole images and the token step of large transformers
                  plot         what an update spends its time in
     PART=proof   proof        precision_proof.py: a deep network in fp32, bf16, and fp16 with each way of scaling
     PART=profile profile      every kernel at its benchmark's size under Nsight Compute: speed of light, occupancy, why
                               warps wait; build/gpu/profile/kernels.csv
+    PART=tiles   tiles        tune_tiles.py: variations of the attention kernels' tiles, compiled on all cores; what it
+                              printed is in the log, and in build/gpu/tiles/tiles.json
     PART=demo    demo         the emoji demo; it needs what training needs, and the font at $FONT, Noto Color Emoji. A
-                              dry run makes the one of shapes
+                              dry run makes the one of shapes, and tunes nothing
 
 A stage that fails, overruns or leaves a broken file does not keep the later ones from running. Which did is said last,
 and is the exit status. The results go to benchmarks/results/<gpu>.json and .md, those of another part to
@@ -29,7 +31,7 @@ and is the exit status. The results go to benchmarks/results/<gpu>.json and .md,
 with the log of all output. Where the folder is no git repository, DALLE_FAST_COMMIT names the commit.
 ``gpu_table.py`` makes tables of the results, and compares two runs.
 
-    make gpu DRY_RUN=1
+    make gpu DRY_RUN=1 [PART=...]
 
 runs what a CPU can of every stage, a few rows of the benchmark among it, with ten times the patience, and writes to
 build/gpu alone.
@@ -68,7 +70,7 @@ BENCHMARKS = [
 ]
 MODEL_BENCHMARKS = ["benchmarks/bench_model.py"]
 
-PARTS = ("ops", "models", "proof", "profile", "demo")
+PARTS = ("ops", "models", "proof", "profile", "tiles", "demo")
 FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
 
 TOTAL_SECONDS = 460
@@ -86,6 +88,7 @@ LIMIT_SECONDS = {
     "plot": 20,
     "proof": 400,
     "profile": 300,
+    "tiles": 400,
     "demo": 400,
 }
 SANITIZER_SECONDS = 70  # what the benchmark leaves for the stages after it
@@ -411,6 +414,11 @@ def run_part(run: Run, part: str, dry_run: bool) -> tuple[dict[str, int], dict[s
         run.stage("proof", [*command, "--out", str(folder)], run.left("proof"))
     elif part == "profile":
         run_profile(run, folder, dry_run)
+    elif part == "tiles":
+        folder.mkdir(parents=True)
+        command = [sys.executable, str(ROOT / "benchmarks" / "tune_tiles.py")]
+        command += ["--help"] if dry_run else ["--out", str(folder / "tiles.json")]
+        run.stage("tiles", command, run.left("tiles"))
     else:
         data = ["shapes"] if dry_run else ["emoji", "--font", os.environ.get("FONT", FONT)]
         command = [sys.executable, "-m", "dalle_fast", "demo", "--out", str(folder), "--data", *data]
@@ -528,7 +536,7 @@ def main() -> int:
     """Run the stages; the exit status."""
     parser = argparse.ArgumentParser(description="GPU tests, benchmarks, memory checks and training.")
     parser.add_argument("--dry-run", action="store_true", help="what a CPU can of every stage")
-    parser.add_argument("--part", choices=PARTS, default="ops", help="what is run (default: %(default)s)")
+    parser.add_argument("--part", choices=(*PARTS, "all"), default="ops", help="what is run (default: %(default)s)")
     parser.add_argument("--exercise", action="store_true", help="only the calls that compute-sanitizer watches")
     parser.add_argument("--profiled", action="store_true", help="only the calls that the profiler watches")
     parser.add_argument("--compile", metavar="WORDS", help="only compile the rivals of rows whose id holds the words")
@@ -539,6 +547,9 @@ def main() -> int:
 
         exercise()
         return 0
+    if arguments.part == "all":
+        this = [sys.executable, str(Path(__file__).resolve()), *(["--dry-run"] if arguments.dry_run else [])]
+        return max(subprocess.run([*this, "--part", part], cwd=ROOT).returncode for part in PARTS)
     if arguments.profiled:
         from profiled import run_profiled
 

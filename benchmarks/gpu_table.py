@@ -4,7 +4,7 @@
     python benchmarks/gpu_table.py --readme README.md       puts it between the file's marks
     python benchmarks/gpu_table.py --compare ONE TWO        ratios that differ by more than 5%; exit status 1 if any do
 
-A row of the table is one of this library's ops on the first shape of its group, with the time of each rival over its
+A row of the table is one of this library's ops at the largest batch of its group, with the time of each rival over its
 own (below 1: it loses); or a row of a group without rivals by case, with the shares of the machine's rates that it
 recorded. The ratios that are compared are those two, and of groups without cases each row's time over the first row's.
 """
@@ -62,12 +62,14 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def _table_rows(rows: Rows) -> list[str]:
-    lines, shapes = [], {}
+    lines = []
+    largest: dict[str, int] = {}
+    for row in rows:
+        largest[row["group"]] = max(largest.get(row["group"], 0), row["extra_info"].get("batch", 0))
     for row in rows:
         info = row["extra_info"]
         if "slower" in info:
-            first = shapes.setdefault(row["group"], info["shape"])
-            if info["op"] not in OWN or info["shape"] != first or not info["slower"]:
+            if info["op"] not in OWN or info["batch"] < largest[row["group"]] or not info["slower"]:
                 continue
             case = f"`{info['op']}`, {info['pattern']}, {row['group']}, {info['shape']}"
             said = [f"{rival} {ratio:.2f}x" for rival, ratio in info["slower"].items()]

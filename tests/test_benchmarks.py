@@ -648,6 +648,20 @@ def test_results(tmp_path, stages):
     assert gpu.write_results(tmp_path, "none", machine, stages, tests, {})[1].exists()  # no benchmark came to its end
 
 
+def test_all_parts_one_after_the_other(monkeypatch):
+    commands = []
+
+    def run(command, cwd):
+        commands.append(command)
+        return subprocess.CompletedProcess(command, 1 if command[-1] == "proof" else 0)
+
+    monkeypatch.setattr(gpu.subprocess, "run", run)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--part", "all", "--dry-run"])
+    assert gpu.main() == 1
+    assert [command[-1] for command in commands] == list(gpu.PARTS)
+    assert all("--dry-run" in command for command in commands)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
 def test_without_a_gpu_it_says_so(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "BUILD", tmp_path / "build")
@@ -663,7 +677,13 @@ def test_results_of_another_part(tmp_path, stages):
     assert "Made by `make gpu PART=models`." in written[1].read_text()
 
 
-PART_STAGES = [("models", "benchmark"), ("proof", "proof"), ("profile", "profile"), ("demo", "demo")]
+PART_STAGES = [
+    ("models", "benchmark"),
+    ("proof", "proof"),
+    ("profile", "profile"),
+    ("tiles", "tiles"),
+    ("demo", "demo"),
+]
 
 
 @pytest.mark.parametrize(("part", "stage"), PART_STAGES)
@@ -677,7 +697,13 @@ def test_parts_are_one_stage_each(part, stage, tmp_path, monkeypatch):
     assert gpu.run_part(run, part, dry_run=False) == ({}, {})
     name, command = calls[0]
     assert name == stage
-    words = {"models": "benchmarks/bench_model.py", "proof": "cuda", "profile": "ncu", "demo": "emoji"}
+    words = {
+        "models": "benchmarks/bench_model.py",
+        "proof": "cuda",
+        "profile": "ncu",
+        "demo": "emoji",
+        "tiles": "--out",
+    }
     assert words[part] in command
     assert all(Path(word).exists() for word in command if word.endswith(".py"))
 
@@ -742,8 +768,8 @@ def test_the_table_of_gpus():
     ops = gpu_run(
         row("attention", "row", 0.002),
         row("sdpa_mask", "row", 0.009),
-        row("attention", "row", 0.005, grid=64),
-        row("sdpa_mask", "row", 0.009, grid=64),
+        row("attention", "row", 0.005, grid=64, batch=0),
+        row("sdpa_mask", "row", 0.009, grid=64, batch=0),
         plain_row("test_adamw16[float16]", 0.001, copy_share=0.856, fused_over_own=1.4),
     )
     models = gpu_run(plain_row("test_training[bf16]", 0.1, "model-training", tokens_per_s=123456.0, matrix_share=0.5))
