@@ -418,7 +418,8 @@ def run_part(run: Run, part: str, dry_run: bool) -> tuple[dict[str, int], dict[s
         folder.mkdir(parents=True)
         command = [sys.executable, str(ROOT / "benchmarks" / "tune_tiles.py")]
         command += ["--help"] if dry_run else ["--out", str(folder / "tiles.json")]
-        run.stage("tiles", command, run.left("tiles"))
+        # PYTHONSAFEPATH keeps the script from the files beside it.
+        run.stage("tiles", command, run.left("tiles"), PYTHONPATH=f"{SITE}{os.pathsep}{ROOT / 'benchmarks'}")
     else:
         data = ["shapes"] if dry_run else ["emoji", "--font", os.environ.get("FONT", FONT)]
         command = [sys.executable, "-m", "dalle_fast", "demo", "--out", str(folder), "--data", *data]

@@ -692,7 +692,7 @@ def test_parts_are_one_stage_each(part, stage, tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(gpu, "BUILD", tmp_path)
     monkeypatch.setattr(gpu.shutil, "which", lambda name: f"/usr/bin/{name}")
-    monkeypatch.setattr(gpu.Run, "stage", lambda self, name, command, seconds, **more: calls.append((name, command)))
+    monkeypatch.setattr(gpu.Run, "stage", lambda self, name, command, *rest, **more: calls.append((name, command)))
     run = gpu.Run(tmp_path / "log.txt")
     assert gpu.run_part(run, part, dry_run=False) == ({}, {})
     name, command = calls[0]
