@@ -35,6 +35,7 @@ import pytest
 import rivals
 import sampling_rivals
 import torch
+from bench_sampling import rewind
 from oracle import Case
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -142,9 +143,18 @@ def make_update(way: str) -> tuple[Dalle, Callable[[], Tensor]]:
     loss_of = torch.compile(model.loss) if way == "bf16_compiled" else model.loss
     text, image_tokens = captions(BATCH), images(BATCH)
 
+    return model, make_step(optimizer, lambda: loss_of(text, image_tokens).total, scaler)
+
+
+def make_step(
+    optimizer: torch.optim.Optimizer, compute_loss: Callable[[], Tensor], scaler: ResblockGradScaler | None = None
+) -> Callable[[], Tensor]:
+    """A function that makes one update and returns the loss before it; without a scaler in bfloat16 by autocast."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
     def update() -> Tensor:
         with torch.autocast(measure.DEVICE, torch.bfloat16, enabled=scaler is None):
-            loss = loss_of(text, image_tokens).total
+            loss = compute_loss()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if scaler is not None:
@@ -152,11 +162,11 @@ def make_update(way: str) -> tuple[Dalle, Callable[[], Tensor]]:
             scaler.step(optimizer)
             scaler.update()
         else:
-            nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+            nn.utils.clip_grad_norm_(parameters, GRAD_CLIP)
             optimizer.step()
         return loss.detach()
 
-    return model, update
+    return update
 
 
 def time_updates(
@@ -248,15 +258,7 @@ def test_training_dalle_pytorch(benchmark):
     optimizer = torch.optim.AdamW(model.parameters(), **RULE, fused=True)
     text, image_tokens = captions(BATCH, CONFIG.text_len), images(BATCH)
 
-    def update() -> Tensor:
-        with torch.autocast(measure.DEVICE, torch.bfloat16):
-            loss = model(text, image_tokens, return_loss=True)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
-        optimizer.step()
-        return loss.detach()
-
+    update = make_step(optimizer, lambda: model(text, image_tokens, return_loss=True))
     time_updates(benchmark, update, None)
     matrices = sum(module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear))
     dense = 4 * CONFIG.depth * CONFIG.width * (CONFIG.text_states + CONFIG.image_len) ** 2 / 2  # causal pairs
@@ -292,14 +294,7 @@ def test_dvae(benchmark, quantize, monkeypatch):
     pixels = torch.full(size, 0.9, device=measure.DEVICE).contiguous(**layout)  # soon learned, unlike noise
     pixels += 0.1 * torch.rand_like(pixels)
 
-    def update() -> Tensor:
-        with torch.autocast(measure.DEVICE, torch.bfloat16):
-            loss = model.loss(pixels, 1.0, 0.0).total
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        return loss.detach()
-
+    update = make_step(optimizer, lambda: model.loss(pixels, 1.0, 0.0).total)
     time_updates(benchmark, update, None, updates=20)
     if benchmark.stats is not None:
         benchmark.extra_info["images_per_s"] = DVAE_BATCH / benchmark.stats.stats.median
@@ -365,9 +360,7 @@ def test_token_step(benchmark):
 
     def steps() -> None:
         """From the middle of the image on."""
-        for cache in sampler.decoder.caches:
-            cache.held.fill_(LARGE.text_states + LARGE.image_len // 2)
-        sampler.decoder.position.fill_(LARGE.image_len // 2)
+        rewind(sampler.decoder)
         for _ in range(STEPS):
             sampler._advance()
 

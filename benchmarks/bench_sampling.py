@@ -19,7 +19,7 @@ from collections.abc import Callable
 import pytest
 import sampling_rivals
 import torch
-from sampling_rivals import DEPTH, GRID, HEADS, IMAGE_CODES, IMAGE_LEN, TEXT_CODES, TEXT_LEN, WIDTH
+from sampling_rivals import CONFIG, IMAGE_CODES, IMAGE_LEN, TEXT_CODES
 from torch import Tensor, nn
 
 from dalle_fast.models.decoder import Decoder
@@ -72,16 +72,7 @@ def test_sampling(checked, prior_preset, captions, decode):
 
 def large_model(dtype: torch.dtype = torch.float32) -> Dalle:
     """The model of the other benchmarks, with the paper's schedule of layers."""
-    config = DalleConfig(
-        text_vocab_size=TEXT_CODES,
-        image_vocab_size=IMAGE_CODES,
-        text_len=TEXT_LEN,
-        grid=(GRID, GRID),
-        depth=DEPTH,
-        width=WIDTH,
-        heads=HEADS,
-    )
-    model = make_model(config)
+    model = make_model(CONFIG)
     nn.init.normal_(model.image_head.weight, std=0.1)
     return model.cast_blocks(dtype).to(DEVICE)
 
@@ -134,9 +125,10 @@ def test_dalle_pytorch(benchmark, way):
 
 def rewind(decoder: Decoder) -> None:
     """To the middle of the image."""
+    config = decoder.model.config
     for cache in decoder.caches:
-        cache.held.fill_(TEXT_LEN + IMAGE_LEN // 2)
-    decoder.position.fill_(IMAGE_LEN // 2)
+        cache.held.fill_(config.text_states + config.image_len // 2)
+    decoder.position.fill_(config.image_len // 2)
 
 
 def middle_step(model: Dalle, count: int) -> tuple[Sampler, Callable[[], None]]:

@@ -550,7 +550,8 @@ def main() -> int:
         return 0
     if arguments.part == "all":
         this = [sys.executable, str(Path(__file__).resolve()), *(["--dry-run"] if arguments.dry_run else [])]
-        return max(subprocess.run([*this, "--part", part], cwd=ROOT).returncode for part in PARTS)
+        statuses = [subprocess.run([*this, "--part", part], cwd=ROOT).returncode for part in PARTS]
+        return 1 if any(statuses) else 0  # a part that was killed has a negative one
     if arguments.profiled:
         from profiled import run_profiled
 

@@ -40,6 +40,15 @@ DEPTH, WIDTH, HEADS, HEAD_DIM = 12, 512, 8, 64
 TEXT_LEN, GRID = 256, 32
 TEXT_CODES, IMAGE_CODES = 8192, 8192
 IMAGE_LEN = GRID**2
+CONFIG = DalleConfig(
+    text_vocab_size=TEXT_CODES,
+    image_vocab_size=IMAGE_CODES,
+    text_len=TEXT_LEN,
+    grid=(GRID, GRID),
+    depth=DEPTH,
+    width=WIDTH,
+    heads=HEADS,
+)
 
 OWN_HIDDEN = 4 * WIDTH
 HIDDEN = round(4 * WIDTH * 2 / 3)  # 3 d h as large as 2 d (4 d)
@@ -68,16 +77,7 @@ def make_rival(attention: tuple[str, ...] = FULL, hidden: int = HIDDEN) -> nn.Mo
     Raises:
         ImportError: the package is not installed.
     """
-    config = DalleConfig(
-        text_vocab_size=TEXT_CODES,
-        image_vocab_size=IMAGE_CODES,
-        text_len=TEXT_LEN,
-        grid=(GRID, GRID),
-        depth=DEPTH,
-        width=WIDTH,
-        heads=HEADS,
-    )
-    model = make_package_model(config, attention)
+    model = make_package_model(CONFIG, attention)
     feed_forward = sys.modules["dalle_pytorch.transformer"].FeedForward
     for layer in model.modules():
         if isinstance(layer, feed_forward):  # takes whole multiples of the width only

@@ -1,6 +1,8 @@
 """What several tests share: patterns to run over, the error budget of an op against float64, tiny models."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -196,3 +198,14 @@ FONT_PATHS = [
     Path("/usr/share/fonts/google-noto-color-emoji-fonts/NotoColorEmoji.ttf"),
 ]
 FONT_PATH = next((path for path in FONT_PATHS if path.is_file()), None)
+
+
+@contextmanager
+def no_cuda_synchronisation() -> Iterator[None]:
+    """Whatever waits for the GPU raises; what is under way at the start is waited for."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

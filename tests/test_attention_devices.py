@@ -14,6 +14,7 @@ from helpers import (
     AttentionBudget,
     every_pattern,
     needs_extension,
+    no_cuda_synchronisation,
     pattern_id,
     random_captions,
     random_image_tokens,
@@ -139,11 +140,8 @@ def test_cuda_stream_of_the_caller():
 def test_no_cuda_synchronisation():
     tensors, text_lens = [tensor.cuda() for tensor in make_inputs()], torch.tensor([3, 9]).cuda()
     run(tensors, text_lens=text_lens)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_cuda_synchronisation():
         run(tensors, text_lens=text_lens)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @needs_gpu

@@ -653,7 +653,7 @@ def test_all_parts_one_after_the_other(monkeypatch):
 
     def run(command, cwd):
         commands.append(command)
-        return subprocess.CompletedProcess(command, 1 if command[-1] == "proof" else 0)
+        return subprocess.CompletedProcess(command, -9 if command[-1] == "proof" else 0)
 
     monkeypatch.setattr(gpu.subprocess, "run", run)
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--part", "all", "--dry-run"])

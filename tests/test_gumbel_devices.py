@@ -8,7 +8,7 @@ import shutil
 
 import pytest
 import torch
-from helpers import assert_within_budget, needs_extension
+from helpers import assert_within_budget, needs_extension, no_cuda_synchronisation
 from torch import Tensor
 
 from dalle_fast import reference
@@ -170,11 +170,8 @@ def test_no_cuda_synchronisation(seed):
         torch.autograd.grad((quantized, kl, weights), inputs, (dz, torch.ones_like(kl), torch.ones_like(weights)))
 
     step()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_cuda_synchronisation():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @needs_gpu

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from helpers import assert_within_budget, every_pattern, needs_extension, pattern_id
+from helpers import assert_within_budget, every_pattern, needs_extension, no_cuda_synchronisation, pattern_id
 from torch import Tensor
 
 from dalle_fast import reference
@@ -146,12 +146,9 @@ def test_no_cuda_synchronisation():
     cache = make_cache(ROW, key, value, samples=3, held=TEXT_LEN)
     steps = [[x[:, :, s : s + 1] for x in (query, key, value)] for s in range(TEXT_LEN, TEXT_LEN + 4)]
     attention_with_kvcache(*steps[0], cache)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_cuda_synchronisation():
         for step in steps[1:]:
             attention_with_kvcache(*step, cache)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @needs_gpu

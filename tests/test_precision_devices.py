@@ -11,7 +11,7 @@ from functools import partial
 
 import pytest
 import torch
-from helpers import needs_extension, random_captions, random_image_tokens, tiny_dalle
+from helpers import needs_extension, no_cuda_synchronisation, random_captions, random_image_tokens, tiny_dalle
 from precision_cases import (
     DTYPES,
     RULES,
@@ -196,12 +196,8 @@ def test_no_cuda_synchronisation():
         adamw16_(rows, RULES, steps, scales, **flags, grad_clip=4.0, seed=3, backend="cpp")
 
     step()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_cuda_synchronisation():
         step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def training_update(kind: str, precision: str, device: str) -> Callable[[], Tensor]:
@@ -263,12 +259,8 @@ def test_no_cuda_synchronisation_in_a_training_update(kind, precision):
     update = training_update(kind, precision, "cuda")
     for _ in range(3):
         update()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_cuda_synchronisation():
         update()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @on_gpu

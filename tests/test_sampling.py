@@ -2,6 +2,8 @@
 
 import math
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -340,3 +342,16 @@ def test_large_matrices_of_a_step_move_to_huge_pages(monkeypatch):
     monkeypatch.setattr(decoder_module, "LARGE_MATRIX", 1 << 30)
     Decoder(model, 1)
     assert not moved
+
+
+def test_sampling_leaves_the_compiler_alone():
+    """To import it takes as long as drawing the demo's images."""
+    code = """
+import sys, torch
+from dalle_fast import Dalle, DalleConfig
+from dalle_fast.sampling import sample_tokens
+config = DalleConfig(text_vocab_size=20, image_vocab_size=16, text_len=4, grid=(2, 2), depth=4, width=16, heads=2)
+sample_tokens(Dalle(config).eval(), torch.ones(1, config.caption_len, dtype=torch.int64))
+raise SystemExit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import needs_extension, random_captions, tiny_dalle
+from helpers import needs_extension, no_cuda_synchronisation, random_captions, tiny_dalle
 
 from dalle_fast import reference, sampling
 from dalle_fast.ops.draw_token import choose_kernel, draw_token
@@ -133,12 +133,9 @@ def test_no_cuda_synchronisation_in_the_steps(captured, monkeypatch):
     assert bool(sampler._graphs) == captured
     text = random_captions(sampler.decoder.model.config, [4, 2]).cuda()
     sampler.decoder.prefill(text)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_cuda_synchronisation():
         for _ in range(sampler.tokens.shape[1]):
             sampler._advance()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert sampler.decoder.position == sampler.tokens.shape[1]
 
 

@@ -397,7 +397,7 @@ std::vector<Part> parts_of(const Tensor& x, const Tensor& weight, const std::opt
   norm.eps = static_cast<float>(eps);
   if (rows == 0 || width == 0) return {};
   if (rows > 1 || columns % kMostLanes != 0 || norm.gain != nullptr) return {norm, products};
-  products.x = norm.x;  // as it should be
+  products.x = norm.x;  // is laid out as it should be already
   return {products};
 }
 

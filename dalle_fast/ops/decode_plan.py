@@ -38,11 +38,13 @@ def bind_together(calls: Sequence[partial], advance: Tensor | None = None) -> Ca
             a value that it would not take, such as a position outside the image, or a cache that is full.
     """
     plan = torch.cat([_PLANS[call.func](*call.args) for call in calls])
-    run = torch.ops.dalle_fast.run_decode_plan_cpu.default
+    return partial(_run, plan, advance, tuple(calls))
 
-    # A compiler would see no reason to keep an op that seems to change nothing, nor tensors where they are.
-    @torch.compiler.disable
-    def run_all(calls: Sequence[partial] = tuple(calls)) -> None:  # which keep the memory that the plan points to
-        run(plan, advance)
 
-    return run_all
+def _run(plan: Tensor, advance: Tensor | None, calls: tuple[partial, ...]) -> None:
+    """``calls`` are here to keep the memory that the plan points to.
+
+    The op has no shapes for tracing, so that a compiler leaves it alone: it would see no reason to keep what seems to
+    change nothing, nor to leave tensors where they are.
+    """
+    torch.ops.dalle_fast.run_decode_plan_cpu(plan, advance)

@@ -126,16 +126,11 @@ def _draw_in_pytorch(
     position: Tensor,
     tokens: Tensor,
     scores: Tensor,
-    *,
     keep: Tensor | None,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    cond_scale: float | None,
+    **settings: float | None,
 ) -> None:
-    drawn, likelihoods = reference.draw_token(
-        logits, seeds, position, temperature=temperature, top_k=top_k, top_p=top_p, cond_scale=cond_scale
-    )
+    """``settings`` are the reference's: temperature, top_k, top_p, cond_scale."""
+    drawn, likelihoods = reference.draw_token(logits, seeds, position, **settings)
     column = position.reshape(1)
     if keep is not None:
         held = tokens.index_select(1, column).squeeze(1)
